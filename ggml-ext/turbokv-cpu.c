@@ -1,0 +1,45 @@
+// Correct first: each block is decoded by the reference codec, then multiplied with the q8_0 row in float.
+
+#include "turbokv-cpu.h"
+
+#include "ggml-impl.h"
+
+#include <assert.h>
+
+// Dot product of n decoded floats (n a multiple of QK8_0) with q8_0 blocks.
+static inline float turbo_dot_q8_0(const float * x, const block_q8_0 * y, int n) {
+    float sum = 0.0f;
+    for (int b = 0; b < n / QK8_0; ++b) {
+        float sum_block = 0.0f;
+        for (int j = 0; j < QK8_0; ++j) {
+            sum_block += x[b * QK8_0 + j] * y[b].qs[j];
+        }
+        sum += sum_block * GGML_FP16_TO_FP32(y[b].d);
+    }
+    return sum;
+}
+
+#define TURBOKV_DEFINE_VEC_DOT(name, qk)                                                                               \
+    void ggml_vec_dot_##name##_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,          \
+                                    size_t by, int nrc) {                                                              \
+        assert(n % (qk) == 0);                                                                                         \
+        assert(nrc == 1);                                                                                              \
+        (void) bs;                                                                                                     \
+        (void) bx;                                                                                                     \
+        (void) by;                                                                                                     \
+        (void) nrc;                                                                                                    \
+        const block_##name * x   = vx;                                                                                 \
+        const block_q8_0 *   y   = vy;                                                                                 \
+        float                sum = 0.0f;                                                                               \
+        for (int i = 0; i < n / (qk); ++i) {                                                                           \
+            float values[qk];                                                                                          \
+            dequantize_row_##name(x + i, values, qk);                                                                  \
+            sum += turbo_dot_q8_0(values, y + i * ((qk) / QK8_0), qk);                                                 \
+        }                                                                                                              \
+        *s = sum;                                                                                                      \
+    }
+
+TURBOKV_DEFINE_VEC_DOT(turbo3, QK_TURBO3)
+TURBOKV_DEFINE_VEC_DOT(turbo3_64, QK_TURBO3_64)
+TURBOKV_DEFINE_VEC_DOT(turbo4, QK_TURBO4)
+TURBOKV_DEFINE_VEC_DOT(turbo4_64, QK_TURBO4_64)

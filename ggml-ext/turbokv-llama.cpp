@@ -1,0 +1,93 @@
+#include "turbokv-llama.h"
+
+#include "llama-impl.h"
+#include "llama-memory.h"
+#include "llama-model.h"
+
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+// The short name that users type, and its type for each block size.
+struct type_family {
+    const char * name;
+    ggml_type    block_128;
+    ggml_type    block_64;
+};
+
+const type_family families[] = {
+#include "turbokv-families.inc"
+};
+
+const type_family * family_of(ggml_type type) {
+    for (const auto & family : families) {
+        if (type == family.block_128 || type == family.block_64) {
+            return &family;
+        }
+    }
+    return nullptr;
+}
+
+bool resolve(const char * side, uint32_t head_dim, ggml_type * type) {
+    const type_family * family = family_of(*type);
+    if (family == nullptr) {
+        return true;
+    }
+    if (head_dim == 0 || head_dim % 64 != 0) {
+        LLAMA_LOG_ERROR(
+            "turbokv: %s cache type %s needs heads of a multiple of 64 values, because llama.cpp rotates no others; "
+            "this model has head_dim %u. Types that work here: %sf16, bf16\n",
+            side, family->name, head_dim, head_dim % 32 == 0 ? "q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, " : "");
+        return false;
+    }
+    if (head_dim % ggml_blck_size(*type) != 0) {
+        LLAMA_LOG_INFO("turbokv: %s %s -> %s (head_dim %u)\n", side, ggml_type_name(*type),
+                       ggml_type_name(family->block_64), head_dim);
+        *type = family->block_64;
+    }
+    return true;
+}
+
+}  // namespace
+
+bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, ggml_type * type_v) {
+    // One cache type serves all layers, so the block has to divide their greatest common divisor.
+    const auto & hparams    = model->hparams;
+    uint32_t     head_dim_k = 0;
+    uint32_t     head_dim_v = 0;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        head_dim_k = std::gcd(head_dim_k, hparams.n_embd_head_k(il));
+        head_dim_v = std::gcd(head_dim_v, hparams.n_embd_head_v(il));
+    }
+    if (hparams.is_mla()) {
+        head_dim_v = head_dim_k = std::gcd(head_dim_k, head_dim_v);  // V is a view of K: one type for both
+    }
+    return resolve("K", head_dim_k, type_k) && resolve("V", head_dim_v, type_v);
+}
+
+void turbokv_check_rotation(ggml_type type_k, bool rotated_k, ggml_type type_v, bool rotated_v) {
+    const auto check = [](const char * side, ggml_type type, bool rotated) {
+        if (family_of(type) != nullptr && !rotated) {
+            throw std::runtime_error(
+                std::string("turbokv: ") + side + " cache type " + ggml_type_name(type) +
+                " stores rotated values, but llama.cpp does not rotate " + side +
+                " here (LLAMA_ATTN_ROT_DISABLE is set, or the head size differs between layers). "
+                "Unset the variable, or use q8_0 or f16");
+        }
+    };
+    check("K", type_k, rotated_k);
+    check("V", type_v, rotated_v);
+}
+
+size_t turbokv_cache_bytes(const llama_context * ctx) {
+    size_t     bytes  = 0;
+    const auto memory = llama_get_memory(ctx);
+    if (memory != nullptr) {
+        for (const auto & [buft, size] : memory->memory_breakdown()) {
+            bytes += size;
+        }
+    }
+    return bytes;
+}

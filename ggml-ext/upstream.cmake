@@ -1,0 +1,134 @@
+# Obtains llama.cpp, makes a hooked copy in the build folder, adds it to this build with our sources in it.
+
+# The pin. The Python bindings of this release were written for exactly this commit.
+set(TURBOKV_PIN_VERSION      "0.3.36")   # of llama-cpp-python, whose sdist carries llama.cpp
+set(TURBOKV_PIN_COMMIT       "0c1e57098bba43ac29e6e3b677cdceebdd22334f")
+set(TURBOKV_PIN_SHA256       "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e")
+set(TURBOKV_PIN_LLAMA_H      "d5cf9203bea63b575e76cba4881f29cfd1b611451578b01582b75b72ecbb04bc")
+
+set(TURBOKV_PIN_ARCHIVE "llama_cpp_python-${TURBOKV_PIN_VERSION}.tar.gz")
+
+# Sets `result` to the folder of the unpacked pinned sdist; fetches it at most once per machine.
+function(turbokv_fetch_pin result)
+    set(cache "${TURBOKV_CACHE_DIR}")
+    if (NOT cache)
+        set(cache "$ENV{XDG_CACHE_HOME}")
+        if (NOT cache)
+            set(cache "$ENV{HOME}/.cache")
+        endif()
+        string(APPEND cache "/turbokv")
+    endif()
+    set(archive "${cache}/${TURBOKV_PIN_ARCHIVE}")
+    set(unpacked "${CMAKE_BINARY_DIR}/upstream/llama_cpp_python-${TURBOKV_PIN_VERSION}")
+
+    file(MAKE_DIRECTORY "${cache}")
+    file(LOCK "${cache}/lock" GUARD FUNCTION TIMEOUT 600)
+    if (EXISTS "${archive}")
+        file(SHA256 "${archive}" found)
+        if (NOT found STREQUAL TURBOKV_PIN_SHA256)
+            message(STATUS "turbokv: ${archive} is damaged or not the pinned release; fetching it again")
+            file(REMOVE "${archive}")
+        endif()
+    endif()
+    if (NOT EXISTS "${archive}")
+        message(STATUS "turbokv: fetching llama-cpp-python ${TURBOKV_PIN_VERSION} (llama.cpp ${TURBOKV_PIN_COMMIT}, 77 MB) with pip")
+        file(REMOVE_RECURSE "${cache}/download")
+        execute_process(
+            COMMAND "${Python3_EXECUTABLE}" -m pip download --quiet --no-deps --no-binary llama-cpp-python
+                    --dest "${cache}/download" "llama-cpp-python==${TURBOKV_PIN_VERSION}"
+            RESULT_VARIABLE failed)
+        set(fetched "${cache}/download/${TURBOKV_PIN_ARCHIVE}")
+        if (failed OR NOT EXISTS "${fetched}")
+            file(REMOVE_RECURSE "${cache}/download")
+            message(FATAL_ERROR
+                "turbokv: pip could not fetch llama-cpp-python ${TURBOKV_PIN_VERSION} (its message is above).\n"
+                "Without a network: put ${TURBOKV_PIN_ARCHIVE} from PyPI into ${cache}, or build on a tree of your own "
+                "with -DTURBOKV_LLAMA_SOURCE=/path/to/llama.cpp")
+        endif()
+        file(SHA256 "${fetched}" found)
+        if (NOT found STREQUAL TURBOKV_PIN_SHA256)
+            file(REMOVE_RECURSE "${cache}/download")
+            message(FATAL_ERROR
+                "turbokv: the fetched ${TURBOKV_PIN_ARCHIVE} has SHA-256 ${found}, expected ${TURBOKV_PIN_SHA256}.\n"
+                "Your package index serves another file. Nothing of it was used or kept.")
+        endif()
+        file(RENAME "${fetched}" "${archive}")
+        file(REMOVE_RECURSE "${cache}/download")
+    endif()
+
+    if (NOT EXISTS "${unpacked}.ok")   # written last: an interrupted extraction is done again
+        file(REMOVE_RECURSE "${unpacked}")
+        file(ARCHIVE_EXTRACT INPUT "${archive}" DESTINATION "${CMAKE_BINARY_DIR}/upstream"
+             PATTERNS "*/vendor/llama.cpp/*" "*/llama_cpp/*" "*/LICENSE.md")
+        if (NOT EXISTS "${unpacked}/vendor/llama.cpp/include/llama.h")
+            message(FATAL_ERROR "turbokv: could not unpack ${archive} into ${CMAKE_BINARY_DIR}/upstream; is the disk full?")
+        endif()
+        file(TOUCH "${unpacked}.ok")
+    endif()
+    set(${result} "${unpacked}" PARENT_SCOPE)
+endfunction()
+
+# 1. The source. The bindings only fit a tree with the pin's llama.h.
+if (TURBOKV_LLAMA_SOURCE)
+    get_filename_component(TURBOKV_SOURCE "${TURBOKV_LLAMA_SOURCE}" ABSOLUTE)
+    set(TURBOKV_COMMIT "unknown")
+    if (EXISTS "${TURBOKV_SOURCE}/.git")
+        execute_process(COMMAND git -C "${TURBOKV_SOURCE}" rev-parse HEAD
+                        OUTPUT_VARIABLE TURBOKV_COMMIT OUTPUT_STRIP_TRAILING_WHITESPACE)
+    endif()
+    set(TURBOKV_BINDINGS "")
+    if (EXISTS "${TURBOKV_SOURCE}/include/llama.h")
+        file(SHA256 "${TURBOKV_SOURCE}/include/llama.h" llama_h)
+        if (llama_h STREQUAL TURBOKV_PIN_LLAMA_H)
+            turbokv_fetch_pin(sdist)
+            set(TURBOKV_BINDINGS "${sdist}/llama_cpp")
+        endif()
+    endif()
+else()
+    turbokv_fetch_pin(sdist)
+    set(TURBOKV_SOURCE   "${sdist}/vendor/llama.cpp")
+    set(TURBOKV_COMMIT   "${TURBOKV_PIN_COMMIT}")
+    set(TURBOKV_BINDINGS "${sdist}/llama_cpp")
+endif()
+
+# 2. The hooked copy: written only where it differs.
+set(TURBOKV_LLAMA_DIR "${CMAKE_BINARY_DIR}/llama.cpp")
+execute_process(
+    COMMAND "${Python3_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/ggml-ext/apply_hooks.py"
+            "${TURBOKV_SOURCE}" "${TURBOKV_LLAMA_DIR}" --report "${CMAKE_BINARY_DIR}/hooks.json"
+    OUTPUT_VARIABLE summary OUTPUT_STRIP_TRAILING_WHITESPACE
+    RESULT_VARIABLE failed)
+if (failed)
+    message(FATAL_ERROR "turbokv: the hooks could not be applied to ${TURBOKV_SOURCE} (the reason is above)")
+endif()
+message(STATUS "turbokv: ${summary}")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
+    "${PROJECT_SOURCE_DIR}/ggml-ext/hooks.toml" "${PROJECT_SOURCE_DIR}/ggml-ext/apply_hooks.py")
+
+# 3. The build of llama.cpp. Its own defaults stand unless our users or our layout need something else.
+string(SUBSTRING "${TURBOKV_COMMIT}" 0 9 LLAMA_BUILD_COMMIT)
+set(LLAMA_BUILD_NUMBER    0)
+set(GGML_BUILD_NUMBER     1)
+set(LLAMA_BUILD_COMMON    ON)
+set(LLAMA_BUILD_TOOLS     ON)
+set(LLAMA_BUILD_SERVER    ON)
+set(LLAMA_BUILD_TESTS     OFF)
+set(LLAMA_BUILD_EXAMPLES  OFF)
+set(LLAMA_BUILD_APP       OFF)
+set(LLAMA_TOOLS_INSTALL   OFF)
+set(LLAMA_USE_PREBUILT_UI OFF CACHE BOOL "Download the web UI while building")
+set(GGML_RPC              ON  CACHE BOOL "Build rpc-server")
+set(BUILD_SHARED_LIBS     ON)
+
+include_directories(${PROJECT_SOURCE_DIR}/ggml-ext ${PROJECT_SOURCE_DIR}/ggml-ext/generated)
+add_subdirectory(${TURBOKV_LLAMA_DIR} ${CMAKE_BINARY_DIR}/llama.cpp-build EXCLUDE_FROM_ALL)
+
+target_sources(ggml-base PRIVATE ${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-quants.c)
+target_sources(ggml-cpu  PRIVATE ${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-cpu.c)
+target_sources(llama     PRIVATE ${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cpp)
+set_source_files_properties(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cpp
+    TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+
+# 4. What we build of it, and what the wheel carries.
+set(TURBOKV_TOOLS llama-server llama-cli llama-bench llama-perplexity llama-quantize llama-gguf-split ggml-rpc-server)
+add_custom_target(turbokv-tools ALL DEPENDS ${TURBOKV_TOOLS})
