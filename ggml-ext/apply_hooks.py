@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MARKER = "// [turbokv]"
+STAMP = ".turbokv-copy"  # stands in every hooked copy: what lacks it is not ours to change
 HOOKS_FILE = Path(__file__).resolve().parent / "hooks.toml"
 
 # Large and not needed for building.
@@ -64,9 +65,12 @@ def insert(hook: Hook, text: str) -> str:
             f"  and correct the anchor of '{hook.name}' in {HOOKS_FILE}."
         )
     start = text.rfind("\n", 0, text.index(anchor)) + 1
-    end = text.find("\n", text.index(anchor) + len(anchor)) + 1
+    newline = text.find("\n", text.index(anchor) + len(anchor))
+    end = newline + 1 if newline >= 0 else len(text)
     before = f"{hook.before} {MARKER}\n" if hook.before else ""
     after = f"{hook.after} {MARKER}\n" if hook.after else ""
+    if after and newline < 0:
+        after = "\n" + after
     return text[:start] + before + text[start:end] + after + text[end:]
 
 
@@ -77,15 +81,20 @@ def hooked_files(source: Path, hooks: list[Hook]) -> dict[str, str]:
     for hook in hooks:
         try:
             if hook.file not in content:
-                content[hook.file] = (source / hook.file).read_text(encoding="utf-8")
+                content[hook.file] = (source / hook.file).read_bytes().decode()
                 if MARKER in content[hook.file]:
-                    raise HookError(f"{source / hook.file} already carries turbokv's lines; point at an unmodified tree.")
+                    raise HookError(
+                        f"{source / hook.file} already carries turbokv's lines; point at an unmodified tree."
+                    )
             content[hook.file] = insert(hook, content[hook.file])
         except FileNotFoundError:
             problems.append(
                 f"hook '{hook.name}': {hook.file} does not exist in {source}.\n"
+                f"  anchor: {hook.anchor.strip()}\n"
                 f"  Upstream moved or removed it. Find its new place ({hook.why}) and correct {HOOKS_FILE}."
             )
+        except UnicodeDecodeError:
+            problems.append(f"hook '{hook.name}': {source / hook.file} is not UTF-8 text; is it a source file?")
         except HookError as error:
             problems.append(str(error))
     if problems:
@@ -94,9 +103,22 @@ def hooked_files(source: Path, hooks: list[Hook]) -> dict[str, str]:
 
 
 def synchronize(source: Path, dest: Path, hooked: dict[str, str]) -> int:
-    """Makes dest equal to source plus the hooks; returns how many files had to be written or removed."""
+    """Makes dest equal to source plus the hooks; returns how many files had to be written or removed.
+
+    Raises HookError for a dest that overlaps source, or holds files that an earlier run did not put there.
+    """
+    source, dest = source.resolve(), dest.resolve()
+    if dest.is_relative_to(source) or source.is_relative_to(dest):
+        raise HookError(f"{dest} overlaps the source tree {source}; choose a folder outside of it")
+    stamp = dest / STAMP
+    if dest.exists() and not stamp.is_file() and (not dest.is_dir() or any(dest.iterdir())):
+        raise HookError(f"{dest} is not a copy made by this script; choose an empty folder, or delete it yourself")
+    dest.mkdir(parents=True, exist_ok=True)
+    if not stamp.is_file():
+        stamp.touch()  # first: an interrupted copy is recognized and completed by the next run
+
     changed = 0
-    wanted: set[Path] = set()
+    wanted = {Path(STAMP)}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if relative.parts[0] in NOT_COPIED or not path.is_file():
@@ -110,11 +132,10 @@ def synchronize(source: Path, dest: Path, hooked: dict[str, str]) -> int:
         target.write_bytes(content)
         shutil.copymode(path, target)
         changed += 1
-    if dest.is_dir():
-        for path in dest.rglob("*"):
-            if path.is_file() and path.relative_to(dest) not in wanted:
-                path.unlink()
-                changed += 1
+    for path in dest.rglob("*"):
+        if path.is_file() and path.relative_to(dest) not in wanted:
+            path.unlink()
+            changed += 1
     return changed
 
 
@@ -133,14 +154,15 @@ def main() -> int:
         hooked = hooked_files(args.source, hooks)
         changed = synchronize(args.source, args.dest, hooked) if args.dest else 0
         if args.report:
-            entries = [{"name": h.name, "file": h.file, "lines": h.n_lines, "why": h.why, "test": h.test} for h in hooks]
+            entries = [
+                {"name": h.name, "file": h.file, "lines": h.n_lines, "why": h.why, "test": h.test} for h in hooks
+            ]
             args.report.write_text(json.dumps(entries, indent=2) + "\n")
     except HookError as error:
         print(f"apply_hooks.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"apply_hooks.py: {error}. Nothing needs repair: free the space or fix the permission and run it again.",
-              file=sys.stderr)
+        print(f"apply_hooks.py: {error}. The copy is incomplete; the next run completes it.", file=sys.stderr)
         return 2
     lines = sum(hook.n_lines for hook in hooks)
     print(f"{len(hooks)} hooks, {lines} lines in {len(hooked)} files; {changed} files written")

@@ -2,19 +2,23 @@
 
 #include "turbokv-cpu.h"
 
-#include "ggml-impl.h"
-
 #include <assert.h>
 
-// Dot product of n decoded floats (n a multiple of QK8_0) with q8_0 blocks.
+#include "ggml-impl.h"
+
+// Dot product of n decoded floats (n a multiple of QK8_0) with q8_0 blocks. One sum per lane: a single sum could
+// not be vectorized without reordering float additions.
 static inline float turbo_dot_q8_0(const float * x, const block_q8_0 * y, int n) {
-    float sum = 0.0f;
+    float lanes[QK8_0] = {0.0f};
     for (int b = 0; b < n / QK8_0; ++b) {
-        float sum_block = 0.0f;
+        const float d = GGML_FP16_TO_FP32(y[b].d);
         for (int j = 0; j < QK8_0; ++j) {
-            sum_block += x[b * QK8_0 + j] * y[b].qs[j];
+            lanes[j] += d * (float) y[b].qs[j] * x[b * QK8_0 + j];
         }
-        sum += sum_block * GGML_FP16_TO_FP32(y[b].d);
+    }
+    float sum = 0.0f;
+    for (int j = 0; j < QK8_0; ++j) {
+        sum += lanes[j];
     }
     return sum;
 }

@@ -1,12 +1,12 @@
 #include "turbokv-llama.h"
 
-#include "llama-impl.h"
-#include "llama-memory.h"
-#include "llama-model.h"
-
 #include <numeric>
 #include <stdexcept>
 #include <string>
+
+#include "llama-impl.h"
+#include "llama-memory.h"
+#include "llama-model.h"
 
 namespace {
 
@@ -70,11 +70,10 @@ bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, 
 void turbokv_check_rotation(ggml_type type_k, bool rotated_k, ggml_type type_v, bool rotated_v) {
     const auto check = [](const char * side, ggml_type type, bool rotated) {
         if (family_of(type) != nullptr && !rotated) {
-            throw std::runtime_error(
-                std::string("turbokv: ") + side + " cache type " + ggml_type_name(type) +
-                " stores rotated values, but llama.cpp does not rotate " + side +
-                " here (LLAMA_ATTN_ROT_DISABLE is set, or the head size differs between layers). "
-                "Unset the variable, or use q8_0 or f16");
+            throw std::runtime_error(std::string("turbokv: ") + side + " cache type " + ggml_type_name(type) +
+                                     " stores rotated values, but llama.cpp does not rotate " + side +
+                                     " here (LLAMA_ATTN_ROT_DISABLE is set, or the head size differs between layers). "
+                                     "Unset the variable, or use q8_0 or f16");
         }
     };
     check("K", type_k, rotated_k);

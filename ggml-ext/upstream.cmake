@@ -129,6 +129,39 @@ target_sources(llama     PRIVATE ${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cp
 set_source_files_properties(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cpp
     TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 
-# 4. What we build of it, and what the wheel carries.
+# 4. What we build of it and what the wheel carries: tools, their libraries, the facts of the build, the bindings.
 set(TURBOKV_TOOLS llama-server llama-cli llama-bench llama-perplexity llama-quantize llama-gguf-split ggml-rpc-server)
+set(TURBOKV_LIBRARIES
+    ggml-base ggml-cpu ggml-rpc ggml llama llama-common mtmd
+    llama-server-impl llama-cli-impl llama-bench-impl llama-perplexity-impl llama-quantize-impl)
+# No versioned names: a wheel would carry each library three times.
+set_property(TARGET ${TURBOKV_LIBRARIES} PROPERTY VERSION)
+set_property(TARGET ${TURBOKV_LIBRARIES} PROPERTY SOVERSION)
+
 add_custom_target(turbokv-tools ALL DEPENDS ${TURBOKV_TOOLS})
+if (UNIX)
+    add_custom_command(TARGET turbokv-tools POST_BUILD   # upstream's older name, which scripts still use
+        COMMAND ${CMAKE_COMMAND} -E create_symlink ggml-rpc-server ${CMAKE_BINARY_DIR}/bin/rpc-server)
+endif()
+
+file(READ "${CMAKE_BINARY_DIR}/hooks.json" TURBOKV_HOOKS_JSON)
+if (TURBOKV_LLAMA_SOURCE)
+    set(TURBOKV_SOURCE_NAME "TURBOKV_LLAMA_SOURCE")
+else()
+    set(TURBOKV_SOURCE_NAME "llama-cpp-python ${TURBOKV_PIN_VERSION}")
+endif()
+set(TURBOKV_HAS_BINDINGS false)
+if (TURBOKV_BINDINGS)
+    set(TURBOKV_HAS_BINDINGS true)
+    file(GLOB bindings "${TURBOKV_BINDINGS}/*.py")
+    file(COPY ${bindings} DESTINATION "${CMAKE_BINARY_DIR}/bin/bindings/llama_cpp")
+endif()
+configure_file(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-build.json.in ${CMAKE_BINARY_DIR}/bin/turbokv-build.json @ONLY)
+
+install(TARGETS ${TURBOKV_TOOLS} ${TURBOKV_LIBRARIES} RUNTIME DESTINATION . LIBRARY DESTINATION . COMPONENT turbokv)
+install(FILES ${CMAKE_BINARY_DIR}/bin/turbokv-build.json DESTINATION . COMPONENT turbokv)
+install(FILES ${TURBOKV_LLAMA_DIR}/LICENSE DESTINATION . RENAME LICENSE.llama.cpp COMPONENT turbokv)
+if (TURBOKV_BINDINGS)
+    install(DIRECTORY ${CMAKE_BINARY_DIR}/bin/bindings DESTINATION . COMPONENT turbokv FILES_MATCHING PATTERN "*.py")
+    install(FILES ${sdist}/LICENSE.md DESTINATION bindings RENAME LICENSE.llama-cpp-python COMPONENT turbokv)
+endif()

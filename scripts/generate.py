@@ -47,11 +47,17 @@ def type_enum() -> str:
         "// The next line of ggml.h still says GGML_TYPE_COUNT: let it name upstream's own count instead.\n"
         "#define GGML_TYPE_COUNT GGML_TYPE_COUNT_UPSTREAM\n"
     )
-    return rows(lambda t: f"{enum_name(t)} = {t.type_id}, // {t.layout_string}\n").replace(BANNER, BANNER + first) + count
+    return (
+        rows(lambda t: f"{enum_name(t)} = {t.type_id}, // {t.layout_string}\n").replace(BANNER, BANNER + first) + count
+    )
 
 
 def structs() -> str:
-    out = [BANNER, "// Needs ggml_half: include after ggml-common.h.\n\n#pragma once\n\n#include <assert.h>\n#include <stdint.h>\n"]
+    out = [
+        BANNER,
+        "// Needs ggml_half: include after ggml-common.h.\n\n#pragma once\n",
+        "\n#include <assert.h>\n#include <stdint.h>\n",
+    ]
     for t in TYPES:
         qk = f"QK_{t.name.upper()}"
         fields = "".join(f"    uint8_t {p.name}[{qk} * {p.bits} / 8];\n" for p in t.planes)
@@ -100,7 +106,9 @@ def traits_cpu(t: KVType) -> str:
 
 
 def quantize_cases() -> str:
-    call = "result = turbokv_quantize(type, src + start, (char *) dst + start_row * row_size, nrows, n_per_row); break;\n"
+    call = (
+        "result = turbokv_quantize(type, src + start, (char *) dst + start_row * row_size, nrows, n_per_row); break;\n"
+    )
     return rows(lambda t: f"case {enum_name(t)}:\n") + f"    {call}"
 
 
@@ -161,7 +169,9 @@ def main() -> int:
     files = wanted()
     known = {ROOT / path for path in files}
     stale = [p for d in ("ggml-ext/generated", "tests/golden") for p in (ROOT / d).glob("*") if p not in known]
-    differ = [path for path, content in files.items() if not (ROOT / path).is_file() or (ROOT / path).read_bytes() != content]
+    differ = [
+        path for path, content in files.items() if not (ROOT / path).is_file() or (ROOT / path).read_bytes() != content
+    ]
     if check:
         for path in differ + [str(p.relative_to(ROOT)) for p in stale]:
             print(f"generate.py: {path} is not what spec.py says; run scripts/generate.py and commit the result")

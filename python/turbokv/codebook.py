@@ -6,6 +6,7 @@ Source: S. Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 2
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 
 def _density(x: float) -> float:
@@ -28,12 +29,9 @@ def lloyd_max_normal(levels: int, tolerance: float = 1e-13) -> list[float]:
     half = levels // 2
     centroids = [3 * (i + 0.5) / half for i in range(half)]
     while True:
-        inner = [(low + high) / 2 for low, high in zip(centroids, centroids[1:], strict=False)]
+        inner = [(low + high) / 2 for low, high in pairwise(centroids)]
         edges = [0.0, *inner, math.inf]
-        moved = [
-            (_density(low) - _density(high)) / (_tail(low) - _tail(high))
-            for low, high in zip(edges, edges[1:], strict=False)
-        ]
+        moved = [(_density(low) - _density(high)) / (_tail(low) - _tail(high)) for low, high in pairwise(edges)]
         shift = max(abs(new - old) for new, old in zip(moved, centroids, strict=True))
         centroids = moved
         if shift < tolerance:

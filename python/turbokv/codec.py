@@ -32,7 +32,7 @@ def quantize(kv_type: KVType, x: F32) -> U8:
     """Encodes float32 [..., k*block] to uint8 [..., k*block_bytes]. Raises ValueError for a ragged last axis."""
     if x.shape[-1] % kv_type.block:
         raise ValueError(f"{kv_type.name}: row length {x.shape[-1]} is not a multiple of {kv_type.block}")
-    blocks = np.asarray(x, np.float32).reshape(-1, kv_type.block).astype(np.float64)
+    blocks = np.asarray(x, np.float32).reshape(x.size // kv_type.block, kv_type.block).astype(np.float64)
     levels = np.asarray(kv_type.codebook, np.float32).astype(np.float64)
     thresholds = np.asarray(kv_type.thresholds, np.float64)
 
@@ -50,21 +50,21 @@ def quantize(kv_type: KVType, x: F32) -> U8:
     start, shift = 0, 0
     for plane in kv_type.planes:
         plane_bytes = kv_type.block * plane.bits // 8
-        fields = ((index >> shift) & (2**plane.bits - 1)).reshape(len(blocks), -1, plane_bytes)
+        fields = ((index >> shift) & (2**plane.bits - 1)).reshape(len(blocks), 8 // plane.bits, plane_bytes)
         packed = np.zeros((len(blocks), plane_bytes), np.uint8)
         for k in range(fields.shape[1]):
             packed |= fields[:, k] << (k * plane.bits)
         out[:, start : start + plane_bytes] = packed
         start, shift = start + plane_bytes, shift + plane.bits
     out[:, start:] = d.view(np.uint8).reshape(-1, 2)
-    return out.reshape(*x.shape[:-1], -1)
+    return out.reshape(*x.shape[:-1], x.shape[-1] // kv_type.block * kv_type.block_bytes)
 
 
 def indices(kv_type: KVType, data: U8) -> U8:
     """Level indices of encoded rows: uint8 [..., k*block_bytes] to uint8 [..., k*block]."""
     if data.shape[-1] % kv_type.block_bytes:
         raise ValueError(f"{kv_type.name}: {data.shape[-1]} bytes are not whole blocks of {kv_type.block_bytes}")
-    blocks = data.reshape(-1, kv_type.block_bytes)
+    blocks = data.reshape(data.size // kv_type.block_bytes, kv_type.block_bytes)
     index = np.zeros((len(blocks), kv_type.block), np.uint8)
     start, shift = 0, 0
     for plane in kv_type.planes:
@@ -74,14 +74,14 @@ def indices(kv_type: KVType, data: U8) -> U8:
             field = (packed >> (k * plane.bits)) & (2**plane.bits - 1)
             index[:, k * plane_bytes : (k + 1) * plane_bytes] |= field << shift
         start, shift = start + plane_bytes, shift + plane.bits
-    return index.reshape(*data.shape[:-1], -1)
+    return index.reshape(*data.shape[:-1], data.shape[-1] // kv_type.block_bytes * kv_type.block)
 
 
 def dequantize(kv_type: KVType, data: U8) -> F32:
     """Decodes uint8 [..., k*block_bytes] to float32 [..., k*block]. Raises ValueError for a ragged last axis."""
-    index = indices(kv_type, data).reshape(-1, kv_type.block)
-    blocks = np.ascontiguousarray(data).reshape(-1, kv_type.block_bytes)
+    index = indices(kv_type, data)
+    blocks = data.reshape(data.size // kv_type.block_bytes, kv_type.block_bytes)
     d = np.ascontiguousarray(blocks[:, kv_type.index_bytes :]).view(np.float16).astype(np.float32)
     levels = np.asarray(kv_type.codebook, np.float32)
-    rows: F32 = levels[index] * d
-    return rows.reshape(*data.shape[:-1], -1)
+    rows: F32 = levels[index.reshape(len(blocks), kv_type.block)] * d
+    return rows.reshape(index.shape)

@@ -27,8 +27,8 @@ CASES = (
 
 
 def inputs(kv_type: KVType) -> NDArray[np.float32]:
-    """The input blocks, float32 [N_BLOCKS, block]. Random values are multiples of 2^-12 from a frozen generator,
-    so that they do not depend on the libm or the numpy version."""
+    """The input blocks, float32 [N_BLOCKS, block]. Random values come from numpy's frozen generator and
+    are rounded to multiples of 2^-12, so that they depend neither on the libm nor on the numpy version."""
     n = kv_type.block
     random = np.random.RandomState(kv_type.type_id)
     gaussian = np.round(random.standard_normal((N_BLOCKS, n)) * 4096) / 4096
@@ -38,7 +38,9 @@ def inputs(kv_type: KVType) -> NDArray[np.float32]:
 
     ties = np.zeros(n)
     ties[: len(kv_type.thresholds)] = kv_type.thresholds
-    rest = n - np.sum(ties**2)  # fill up to unit RMS, so that u is the threshold itself up to rounding
+    rest = n - np.sum(
+        ties**2
+    )  # fill up to unit RMS: u is the threshold itself, exactly at 0 and up to rounding elsewhere
     ties[len(kv_type.thresholds) :] = np.sqrt(rest / (n - len(kv_type.thresholds)))
 
     x[0] = 0

@@ -13,10 +13,11 @@ register or a GPU word decodes with one shift and one mask per field (docs/layou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-# Positive halves of the Lloyd-Max quantizers of N(0, 1), float32 values in ascending order.
+# Positive halves of the Lloyd-Max quantizers of N(0, 1), ascending; decoding uses the float32 nearest to each.
 LLOYD_MAX_3BIT = (0.24509418, 0.7560053, 1.3439093, 2.1519456)
-LLOYD_MAX_4BIT = (0.12839504, 0.3880483, 0.65675914, 0.94234043, 1.2562312, 1.618046, 2.0690172, 2.7325895)
+LLOYD_MAX_4BIT = (0.12839504, 0.3880483, 0.65675914, 0.94234043, 1.2562312, 1.6180464, 2.0690172, 2.7325895)
 
 FIRST_TYPE_ID = 224  # below are upstream's own types
 TYPE_COUNT = 256  # what GGML_TYPE_COUNT becomes: every id fits in a byte
@@ -71,9 +72,9 @@ class KVType:
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Decision thresholds: midpoints of neighbouring levels, float64."""
+        """Decision thresholds: midpoints of neighbouring levels as written above, float64."""
         levels = self.codebook
-        return tuple((low + high) / 2 for low, high in zip(levels, levels[1:], strict=False))
+        return tuple((low + high) / 2 for low, high in pairwise(levels))
 
     @property
     def layout_string(self) -> str:
@@ -88,9 +89,13 @@ _TURBO4_PLANES = (Plane("qs", 4),)
 # 224/225 are kept for turbo2, 230-232 for tbq2-4, 233-238 for trellis2-4.
 TYPES: tuple[KVType, ...] = (
     KVType("turbo3", 226, 1, 128, _TURBO3_PLANES, LLOYD_MAX_3BIT, 0.0339, "3-bit Lloyd-Max"),
-    KVType("turbo3_64", 227, 1, 64, _TURBO3_PLANES, LLOYD_MAX_3BIT, 0.0328, "turbo3 for heads that 128 does not divide"),
+    KVType(
+        "turbo3_64", 227, 1, 64, _TURBO3_PLANES, LLOYD_MAX_3BIT, 0.0328, "turbo3 for heads that 128 does not divide"
+    ),
     KVType("turbo4", 228, 1, 128, _TURBO4_PLANES, LLOYD_MAX_4BIT, 0.0092, "4-bit Lloyd-Max"),
-    KVType("turbo4_64", 229, 1, 64, _TURBO4_PLANES, LLOYD_MAX_4BIT, 0.0089, "turbo4 for heads that 128 does not divide"),
+    KVType(
+        "turbo4_64", 229, 1, 64, _TURBO4_PLANES, LLOYD_MAX_4BIT, 0.0089, "turbo4 for heads that 128 does not divide"
+    ),
 )
 
 BY_NAME = {kv_type.name: kv_type for kv_type in TYPES}

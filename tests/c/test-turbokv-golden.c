@@ -1,0 +1,348 @@
+// The codecs against tests/golden/<type>.bin (written by python/turbokv/golden.py), bit for bit, and the
+// properties that no list of vectors can show. Usage: test-turbokv-golden GOLDEN_FOLDER
+//
+// Calls the codec functions by name, never through ggml's traits: so the sanitized build of this test runs the
+// sanitized codec that is linked into it. Buffers are malloc'd to the byte for AddressSanitizer's sake.
+
+#include "ggml.h"
+#include "turbokv-quants.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_BLOCK   128
+#define MAX_REPORTS 8 // per type: one wrong table entry breaks thousands of values
+
+struct codec {
+    const char *   name;
+    enum ggml_type type;
+    int            block;
+    size_t         size;
+    size_t         d_offset;     // of the fp16 scale in the block
+    double         relative_mse; // on N(0, 1), as in python/turbokv/spec.py
+    void (*quantize)(const float * x, void * y, int64_t k);
+    void (*dequantize)(const void * x, float * y, int64_t k);
+};
+
+// Typed wrappers: a call through a cast function pointer is what UBSan's function check reports.
+#define DEFINE_CALLS(name)                                                                                             \
+    static void quantize_##name(const float * x, void * y, int64_t k) { quantize_row_##name##_ref(x, y, k); }          \
+    static void dequantize_##name(const void * x, float * y, int64_t k) { dequantize_row_##name(x, y, k); }
+
+#define CODEC(name, NAME, mse)                                                                                         \
+    { #name, GGML_TYPE_##NAME, QK_##NAME, sizeof(block_##name), offsetof(block_##name, d), mse,                        \
+      quantize_##name, dequantize_##name }
+
+DEFINE_CALLS(turbo3)
+DEFINE_CALLS(turbo3_64)
+DEFINE_CALLS(turbo4)
+DEFINE_CALLS(turbo4_64)
+
+static const struct codec codecs[] = {
+    CODEC(turbo3,    TURBO3,    0.0339),
+    CODEC(turbo3_64, TURBO3_64, 0.0328),
+    CODEC(turbo4,    TURBO4,    0.0092),
+    CODEC(turbo4_64, TURBO4_64, 0.0089),
+};
+
+// Every type there is: one without a row above must not go untested.
+static const enum ggml_type all_types[] = {
+#include "turbokv-cache-types.inc"
+};
+
+#define N_CODECS ((int) (sizeof(codecs) / sizeof(codecs[0])))
+#define N_TYPES  ((int) (sizeof(all_types) / sizeof(all_types[0])))
+
+static int n_failures = 0; // of the current codec
+
+static void fail(const struct codec * c, const char * format, ...) {
+    if (++n_failures > MAX_REPORTS) {
+        return;
+    }
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "FAIL %s: ", c->name);
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    va_end(args);
+}
+
+static void * allocate(size_t size) {
+    void * p = malloc(size);
+    if (p == NULL) {
+        fprintf(stderr, "FAIL: out of memory\n");
+        exit(1);
+    }
+    return p;
+}
+
+static bool same_float(float a, float b) {
+    return (isnan(a) && isnan(b)) || memcmp(&a, &b, sizeof(a)) == 0;
+}
+
+static float scale_of(const struct codec * c, const uint8_t * block) {
+    ggml_fp16_t d;
+    memcpy(&d, block + c->d_offset, sizeof(d));
+    return ggml_fp16_to_fp32(d);
+}
+
+// splitmix64: the same numbers on every machine.
+static uint64_t random_state = 0;
+
+static uint64_t random_u64(void) {
+    uint64_t z = random_state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+static void random_gaussian(float * x, int n) { // Box-Muller, n even
+    for (int j = 0; j < n; j += 2) {
+        const double u = ((double) (random_u64() >> 11) + 1.0) * 0x1p-53; // in (0, 1]
+        const double v = (double) (random_u64() >> 11) * 0x1p-53;
+        const double r = sqrt(-2.0 * log(u));
+        x[j]           = (float) (r * cos(6.283185307179586 * v));
+        x[j + 1]       = (float) (r * sin(6.283185307179586 * v));
+    }
+}
+
+static void check_golden(const struct codec * c, const char * folder) {
+    char path[4096];
+    snprintf(path, sizeof(path), "%s/%s.bin", folder, c->name);
+    FILE * file = fopen(path, "rb");
+    if (file == NULL) {
+        fail(c, "cannot open %s; scripts/generate.py writes it", path);
+        return;
+    }
+
+    char     magic[4]  = { 0 };
+    uint32_t header[5] = { 0 }; // version, type id, block, block bytes, blocks; the file is little-endian
+    size_t   n_read    = fread(magic, sizeof(magic), 1, file) + fread(header, sizeof(header), 1, file);
+    if (n_read != 2 || memcmp(magic, "TKVG", 4) != 0 || header[0] != 1 || header[4] == 0 ||
+        header[1] != (uint32_t) c->type || header[2] != (uint32_t) c->block || header[3] != c->size) {
+        fail(c, "header of %s: version %u, id %u, block %u, %u bytes, %u blocks; compiled: version 1, id %d, block %d, "
+                "%zu bytes. Regenerate with scripts/generate.py", path, header[0], header[1], header[2], header[3],
+                header[4], (int) c->type, c->block, c->size);
+        fclose(file);
+        return;
+    }
+
+    float *   x       = allocate(c->block * sizeof(float));
+    float *   y_saved = allocate(c->block * sizeof(float));
+    float *   y       = allocate(c->block * sizeof(float));
+    uint8_t * q_saved = allocate(c->size);
+    uint8_t * q       = allocate(c->size);
+    for (uint32_t i = 0; i < header[4]; ++i) {
+        n_read = fread(x, c->block * sizeof(float), 1, file) + fread(q_saved, c->size, 1, file) +
+                 fread(y_saved, c->block * sizeof(float), 1, file);
+        if (n_read != 3) {
+            fail(c, "%s ends in block %u of %u; regenerate with scripts/generate.py", path, i, header[4]);
+            break;
+        }
+        memset(q, 0xa5, c->size);
+        c->quantize(x, q, c->block);
+        for (size_t b = 0; b < c->size; ++b) {
+            if (q[b] != q_saved[b]) {
+                fail(c, "block %u, byte %zu%s: encoded 0x%02x, golden 0x%02x; if the layout was meant to change: "
+                        "scripts/generate.py", i, b, b >= c->d_offset ? " (scale)" : "", q[b], q_saved[b]);
+            }
+        }
+        c->dequantize((const void *) q_saved, y, c->block);
+        for (int j = 0; j < c->block; ++j) {
+            if (!same_float(y[j], y_saved[j])) {
+                fail(c, "block %u, value %d: decoded %.9g, golden %.9g; if the codebook was meant to change: "
+                        "scripts/generate.py", i, j, y[j], y_saved[j]);
+            }
+        }
+    }
+    if (n_failures == 0 && fgetc(file) != EOF) {
+        fail(c, "%s is longer than its header says; regenerate with scripts/generate.py", path);
+    }
+    free(x);
+    free(y_saved);
+    free(y);
+    free(q_saved);
+    free(q);
+    fclose(file);
+}
+
+// A row is its blocks: n at once equal n one by one, at any address that the types allow (2 for blocks, 4 for floats).
+static void check_rows(const struct codec * c, int n) {
+    const int    k    = n * c->block;
+    const size_t size = n * c->size;
+    float *      x    = allocate(k * sizeof(float));
+    float *      y    = allocate(k * sizeof(float));
+    uint8_t *    q    = allocate(size);
+    random_gaussian(x, k);
+    for (int i = 0; i < n; ++i) {
+        c->quantize(x + i * c->block, q + i * c->size, c->block);
+        c->dequantize(q + i * c->size, y + i * c->block, c->block);
+    }
+    for (int shift = 0; shift < 2; ++shift) {
+        char * x_raw = allocate((k + shift) * sizeof(float));
+        char * y_raw = allocate((k + shift) * sizeof(float));
+        char * q_raw = allocate(size + 2 * shift);
+        char * x_at  = x_raw + 4 * shift;
+        char * y_at  = y_raw + 4 * shift;
+        char * q_at  = q_raw + 2 * shift;
+        memcpy(x_at, x, k * sizeof(float));
+        memset(q_at, 0xa5, size);
+        c->quantize((const float *) (void *) x_at, q_at, k);
+        if (memcmp(q_at, q, size) != 0) {
+            fail(c, "a row of %d blocks (offset %d) is not encoded as its blocks are", n, 2 * shift);
+        }
+        c->dequantize(q_at, (float *) (void *) y_at, k);
+        if (memcmp(y_at, y, k * sizeof(float)) != 0) {
+            fail(c, "a row of %d blocks (offset %d) is not decoded as its blocks are", n, 2 * shift);
+        }
+        free(x_raw);
+        free(y_raw);
+        free(q_raw);
+    }
+    free(x);
+    free(y);
+    free(q);
+}
+
+// Non-finite input stays visible in its block and changes nothing beside it.
+static void check_non_finite(const struct codec * c) {
+    const float bad[3] = { NAN, INFINITY, -INFINITY };
+    const int   k      = 3 * c->block;
+    float *     x      = allocate(k * sizeof(float));
+    float *     y      = allocate(k * sizeof(float));
+    float *     y_good = allocate(k * sizeof(float));
+    uint8_t *   q      = allocate(3 * c->size);
+    random_gaussian(x, k);
+    c->quantize(x, q, k);
+    c->dequantize(q, y_good, k);
+    for (int i = 0; i < 3; ++i) {
+        x[c->block + 7] = bad[i];
+        c->quantize(x, q, k);
+        c->dequantize(q, y, k);
+        for (int j = 0; j < k; ++j) {
+            const bool inside = j / c->block == 1;
+            if (inside ? !isnan(y[j]) : !same_float(y[j], y_good[j])) {
+                fail(c, "%f in block 1: value %d of block %d decodes to %.9g (without it: %.9g)", bad[i], j % c->block,
+                     j / c->block, y[j], y_good[j]);
+            }
+        }
+    }
+    free(x);
+    free(y);
+    free(y_good);
+    free(q);
+}
+
+static void check_zero_bytes(const struct codec * c) {
+    uint8_t * q = allocate(c->size);
+    float *   y = allocate(c->block * sizeof(float));
+    memset(q, 0, c->size);
+    c->dequantize(q, y, c->block);
+    for (int j = 0; j < c->block; ++j) {
+        if (y[j] != 0.0f) {
+            fail(c, "zero bytes, value %d: decoded %.9g", j, y[j]);
+        }
+    }
+    free(q);
+    free(y);
+}
+
+// Scaling by a power of two only moves the exponent of the scale; the norm survives up to the rounding of the scale.
+static void check_scale_and_norm(const struct codec * c) {
+    const double half_ulp = 0x1p-11 + 1e-6; // of a normal fp16, and float32 products
+    float        x[MAX_BLOCK], x_scaled[MAX_BLOCK], y[MAX_BLOCK], y_scaled[MAX_BLOCK];
+    uint8_t *    q        = allocate(c->size);
+    uint8_t *    q_scaled = allocate(c->size);
+    for (int i = 0; i < 200; ++i) {
+        const int exponent = i % 25 - 12; // the scale stays a normal fp16
+        random_gaussian(x, c->block);
+        double norm_x = 0.0;
+        double norm_y = 0.0;
+        for (int j = 0; j < c->block; ++j) {
+            x_scaled[j] = ldexpf(x[j], exponent);
+        }
+        c->quantize(x, q, c->block);
+        c->quantize(x_scaled, q_scaled, c->block);
+        c->dequantize(q, y, c->block);
+        c->dequantize(q_scaled, y_scaled, c->block);
+        if (memcmp(q, q_scaled, c->d_offset) != 0 || scale_of(c, q_scaled) != ldexpf(scale_of(c, q), exponent)) {
+            fail(c, "times 2^%d: other indices, or scale %.9g instead of %.9g", exponent, scale_of(c, q_scaled),
+                 ldexpf(scale_of(c, q), exponent));
+        }
+        for (int j = 0; j < c->block; ++j) {
+            norm_x += (double) x_scaled[j] * x_scaled[j];
+            norm_y += (double) y_scaled[j] * y_scaled[j];
+            if (y_scaled[j] != ldexpf(y[j], exponent)) {
+                fail(c, "times 2^%d, value %d: decoded %.9g, expected %.9g", exponent, j, y_scaled[j],
+                     ldexpf(y[j], exponent));
+            }
+        }
+        if (!(fabs(sqrt(norm_y / norm_x) - 1.0) <= half_ulp)) {
+            fail(c, "norm %.9g became %.9g", sqrt(norm_x), sqrt(norm_y));
+        }
+    }
+    free(q);
+    free(q_scaled);
+}
+
+static double check_gaussian_error(const struct codec * c) {
+    const int n_blocks = 20000 * MAX_BLOCK / c->block;
+    float     x[MAX_BLOCK], y[MAX_BLOCK];
+    uint8_t * q     = allocate(c->size);
+    double    error = 0.0;
+    double    power = 0.0;
+    for (int i = 0; i < n_blocks; ++i) {
+        random_gaussian(x, c->block);
+        c->quantize(x, q, c->block);
+        c->dequantize(q, y, c->block);
+        for (int j = 0; j < c->block; ++j) {
+            error += ((double) y[j] - x[j]) * ((double) y[j] - x[j]);
+            power += (double) x[j] * x[j];
+        }
+    }
+    free(q);
+    if (!(fabs(error / power / c->relative_mse - 1.0) <= 0.01)) {
+        fail(c, "relative MSE on N(0, 1) is %.6f, not %.4f within 1 %%", error / power, c->relative_mse);
+    }
+    return error / power;
+}
+
+int main(int argc, char ** argv) {
+    if (argc != 2) {
+        fprintf(stderr, "usage: %s GOLDEN_FOLDER\n", argv[0]);
+        return 2;
+    }
+    int failed = 0;
+    for (int t = 0; t < N_TYPES; ++t) {
+        const struct codec * c = NULL;
+        for (int i = 0; i < N_CODECS; ++i) {
+            c = codecs[i].type == all_types[t] ? &codecs[i] : c;
+        }
+        if (c == NULL) {
+            fprintf(stderr, "FAIL %s: no row in codecs[] of %s\n", ggml_type_name(all_types[t]), __FILE__);
+            failed++;
+            continue;
+        }
+        n_failures   = 0;
+        random_state = (uint64_t) c->type;
+        check_golden(c, argv[1]);
+        check_rows(c, 1);
+        check_rows(c, 2);
+        check_rows(c, 33);
+        check_non_finite(c);
+        check_zero_bytes(c);
+        check_scale_and_norm(c);
+        const double mse = check_gaussian_error(c);
+        if (n_failures > MAX_REPORTS) {
+            fprintf(stderr, "FAIL %s: ... and %d more\n", c->name, n_failures - MAX_REPORTS);
+        }
+        printf("%-10s %s, relative MSE on N(0, 1) %.5f\n", c->name, n_failures == 0 ? "ok" : "FAILED", mse);
+        failed += n_failures != 0;
+    }
+    return failed != 0;
+}
