@@ -1,0 +1,3 @@
+from turbokv.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""Models and texts: what the package carries, and the one text that it can download."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from turbokv.errors import TurbokvError
+from turbokv.native import PACKAGE
+
+DATA = PACKAGE / "data"
+MINI = DATA / "mini-q8_0.gguf"  # head_dim 128; model card in data/README.md
+BIAS = DATA / "bias-q8_0.gguf"  # head_dim 64
+SAMPLE = DATA / "sample.txt"
+
+WIKITEXT2_URL = "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip"
+WIKITEXT2_MEMBER = "wikitext-2-raw/wiki.test.raw"
+WIKITEXT2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"  # of the unpacked test text
+
+
+def cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "turbokv"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes the whole file or nothing: a full disk or a kill leaves the old file, and no half of a new one."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        raise TurbokvError(f"cannot write {path}: {error.strerror}. Free the space or choose another place") from error
+
+
+def check_writable(path: Path) -> None:
+    """Fails now rather than after an hour of measuring."""
+    folder = path.parent
+    if path.is_dir():
+        raise TurbokvError(f"{path} is a folder: name a file")
+    if not folder.is_dir():
+        raise TurbokvError(f"cannot write {path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise TurbokvError(f"cannot write {path}: no permission in {folder}")
+
+
+def wikitext2(url: str = WIKITEXT2_URL, sha256: str = WIKITEXT2_SHA256) -> Path:
+    """Path of WikiText-2's raw test text, downloaded once and checked. CC BY-SA 3.0."""
+    path = cache_dir() / "wiki.test.raw"
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return path
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            text = zipfile.ZipFile(io.BytesIO(response.read())).read(WIKITEXT2_MEMBER)
+    except (OSError, urllib.error.URLError, zipfile.BadZipFile, KeyError) as error:
+        raise TurbokvError(
+            f"WikiText-2 could not be downloaded from {url}: {error}. "
+            "Without a network use the built-in text (leave -f out) or a text file of your own (-f FILE)"
+        ) from error
+    found = hashlib.sha256(text).hexdigest()
+    if found != sha256:
+        raise TurbokvError(f"{url} gave a wiki.test.raw with SHA-256 {found}, expected {sha256}; it was not kept")
+    write_atomically(path, text)
+    return path
+
+
+def read_text(name: str | None) -> str:
+    """The text for a -f argument: None is the built-in sample, `wikitext2` is downloaded, all else is a file."""
+    path = SAMPLE if name is None else wikitext2() if name == "wikitext2" else Path(name)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise TurbokvError(
+            f"there is no text at {path}; give a file, wikitext2, or nothing for the built-in text"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise TurbokvError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise TurbokvError(f"cannot read {path}: {error.strerror}") from None
+    return text

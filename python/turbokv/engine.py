@@ -1,0 +1,176 @@
+"""A model and its contexts through libllama: tokens in, logits out as numpy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbokv import native
+from turbokv.cache_type import CachePair, type_ids
+from turbokv.errors import TurbokvError
+
+MAX_BATCH = 2048  # llama-perplexity's defaults, so that both compute the same batches
+MAX_UBATCH = 512
+
+LOG_ERROR, LOG_CONT = 4, 5  # enum ggml_log_level
+
+
+class _Log:
+    """Keeps the last lines that llama.cpp logged, to quote them when something fails."""
+
+    def __init__(self) -> None:
+        self.lines: deque[tuple[int, str]] = deque(maxlen=400)
+        self._callback: Any = None  # ctypes frees a callback that nothing refers to
+
+    def install(self) -> None:
+        if self._callback is None:
+            lib = native.llama()
+            self._callback = lib.llama_log_callback(self._append)
+            lib.llama_log_set(self._callback, None)
+
+    def _append(self, level: int, text: bytes, _user_data: object) -> None:
+        line = text.decode(errors="replace")
+        if level == LOG_CONT and self.lines:
+            level, start = self.lines.pop()
+            line = start + line
+        self.lines.append((level, line))
+
+    def errors(self) -> str:
+        """The error lines since the last clear(), one string; a hint at -v when there were none."""
+        found = [line.strip() for level, line in self.lines if level == LOG_ERROR and line.strip()]
+        return "; ".join(found) or "llama.cpp gave no reason"
+
+    def turbokv_lines(self) -> list[str]:
+        return [line.strip() for _, line in self.lines if line.startswith("turbokv:")]
+
+    def clear(self) -> None:
+        self.lines.clear()
+
+
+log = _Log()
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Model:
+    """A GGUF model, loaded once and shared by the contexts of all caches. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise TurbokvError(f"there is no model at {path}")
+        self.path = path
+        self._lib = native.llama()
+        log.install()
+        log.clear()
+        params = self._lib.llama_model_default_params()
+        self.handle = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            raise TurbokvError(
+                f"{path} cannot be loaded: {log.errors()}. Is the download complete, and is it a GGUF model?"
+            )
+        self._vocab = self._lib.llama_model_get_vocab(self.handle)
+        self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
+        self.n_ctx_train: int = self._lib.llama_model_n_ctx_train(self.handle)
+        self.bos: int | None = (
+            self._lib.llama_vocab_bos(self._vocab) if self._lib.llama_vocab_get_add_bos(self._vocab) else None
+        )
+
+    def tokenize(self, text: str) -> NDArray[np.int32]:
+        """Token ids of the whole text, with BOS in front if the model wants one."""
+        data = text.encode()
+        room = len(data) + 2  # no tokenizer makes more tokens than bytes, plus BOS and EOS
+        tokens = (self._lib.llama_token * room)()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, room, True, False)
+        if count < 0:
+            raise TurbokvError(f"the tokenizer of {self.path.name} failed on the text")
+        return np.ctypeslib.as_array(tokens)[:count].copy()
+
+    def effective(self, pair: CachePair) -> CachePair:
+        """The types that serve this model's head sizes, e.g. turbo3 -> turbo3_64. Raises TurbokvError if none does."""
+        names = {type_id: name for name, type_id in type_ids().items()}
+        type_k, type_v = ctypes.c_int(type_ids()[pair.k]), ctypes.c_int(type_ids()[pair.v])
+        log.clear()
+        if not self._lib._lib.turbokv_resolve_cache_types(self.handle, ctypes.byref(type_k), ctypes.byref(type_v)):
+            raise TurbokvError(log.errors().removeprefix("turbokv: "))
+        return CachePair(names[type_k.value], names[type_v.value])
+
+    def close(self) -> None:
+        if self.handle:
+            self._lib.llama_model_free(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Context:
+    """One sequence of up to n_ctx tokens with a given cache. Use as a context manager."""
+
+    def __init__(self, model: Model, pair: CachePair, n_ctx: int, n_threads: int, n_ubatch: int = MAX_UBATCH) -> None:
+        self.model = model
+        self._lib = native.llama()
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = min(n_ctx, MAX_BATCH)
+        params.n_ubatch = min(params.n_batch, n_ubatch)
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k, params.type_v = type_ids()[pair.k], type_ids()[pair.v]
+        log.clear()
+        self.handle = self._lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise TurbokvError(f"no context with cache {pair} for {model.path.name}: {log.errors()}")
+        self.n_batch: int = params.n_batch
+        self.cache_bytes: int = self._lib._lib.turbokv_cache_bytes(self.handle)
+
+    def logits(self, tokens: NDArray[np.int32], first: int) -> Iterator[NDArray[np.float32]]:
+        """Decodes tokens [n] from an empty cache; yields the logits of positions first.. as float32 [m, n_vocab],
+        one array per batch. Each array is libllama's own memory: valid until the next one is asked for."""
+        lib = self._lib
+        lib.llama_memory_clear(lib.llama_get_memory(self.handle), True)
+        batch = lib.llama_batch_init(self.n_batch, 0, 1)
+        try:
+            for start in range(0, len(tokens), self.n_batch):
+                part = tokens[start : start + self.n_batch]
+                n_outputs = 0
+                for i, token in enumerate(part.tolist()):
+                    batch.token[i], batch.pos[i] = token, start + i
+                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                    batch.logits[i] = start + i >= first
+                    n_outputs += start + i >= first
+                batch.n_tokens = len(part)
+                status = lib.llama_decode(self.handle, batch)
+                if status:
+                    raise TurbokvError(f"llama_decode failed with status {status}: {log.errors()}")
+                if n_outputs:
+                    yield np.ctypeslib.as_array(lib.llama_get_logits(self.handle), (n_outputs, self.model.n_vocab))
+        finally:
+            lib.llama_batch_free(batch)
+
+    def close(self) -> None:
+        if self.handle:
+            self._lib.llama_free(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,89 @@
+"""Where the built llama.cpp lies, and the one way into it from Python.
+
+The binaries stand in `turbokv/_native` of an installed wheel, or in `build/bin` of a checkout. The ctypes
+bindings beside them are llama-cpp-python's, from the same release as the sources, without a library of
+their own: exactly one libllama enters the process. (`llama_cpp._ggml` would load a second libggml: never
+import it.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from turbokv.errors import TurbokvError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+@cache
+def native_dir() -> Path:
+    """The folder with the tools, the libraries and turbokv-build.json."""
+    candidates = (PACKAGE / "_native", PACKAGE.parent.parent / "build" / "bin")
+    for folder in candidates:
+        if (folder / "turbokv-build.json").is_file():
+            return folder
+    looked = " and ".join(str(folder) for folder in candidates)
+    raise TurbokvError(
+        f"llama.cpp is not built: no turbokv-build.json in {looked}. Run scripts/demo.sh, or pip install ."
+    )
+
+
+@cache
+def build_info() -> dict[str, Any]:
+    """What was built: `upstream_commit`, `bindings` (bool), `hooks` (list), `compiler`, `build_type`, `version`."""
+    info: dict[str, Any] = json.loads((native_dir() / "turbokv-build.json").read_text())
+    return info
+
+
+def tool(name: str) -> Path:
+    """Path of a bundled tool such as llama-server."""
+    path = native_dir() / (name + (".exe" if sys.platform == "win32" else ""))
+    if not path.is_file():
+        raise TurbokvError(f"{name} is missing from {native_dir()}: build it with `cmake --build build`")
+    return path
+
+
+@cache
+def llama() -> ModuleType:
+    """The module `llama_cpp.llama_cpp`, bound to our libllama."""
+    folder = native_dir()
+    if not build_info()["bindings"]:
+        raise TurbokvError(
+            f"this build is on llama.cpp {build_info()['upstream_commit']}, whose llama.h is not the one that the "
+            "Python bindings were written for, so ppl and kld cannot run in this process. "
+            "Build without TURBOKV_LLAMA_SOURCE, or use the bundled llama-perplexity"
+        )
+    if "llama_cpp" in sys.modules:
+        raise TurbokvError("another llama_cpp is already imported in this process; use turbokv in a process of its own")
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+    sys.path.insert(0, str(folder / "bindings"))
+    try:
+        import llama_cpp.llama_cpp as lib
+    except (OSError, RuntimeError) as error:
+        raise TurbokvError(
+            f"libllama in {folder} does not load: {error}. Build again with `cmake --build build`"
+        ) from error
+    finally:
+        sys.path.remove(str(folder / "bindings"))
+    loaded: ModuleType = lib
+    _declare(loaded._lib)
+    loaded.llama_backend_init()
+    return loaded
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    """Signatures of the functions that the bindings do not know: ggml's type table and our own two."""
+    lib.ggml_type_name.argtypes, lib.ggml_type_name.restype = [ctypes.c_int], ctypes.c_char_p
+    lib.ggml_type_size.argtypes, lib.ggml_type_size.restype = [ctypes.c_int], ctypes.c_size_t
+    lib.ggml_blck_size.argtypes, lib.ggml_blck_size.restype = [ctypes.c_int], ctypes.c_int64
+    type_pointer = ctypes.POINTER(ctypes.c_int)
+    lib.turbokv_resolve_cache_types.argtypes = [ctypes.c_void_p, type_pointer, type_pointer]
+    lib.turbokv_resolve_cache_types.restype = ctypes.c_bool
+    lib.turbokv_cache_bytes.argtypes, lib.turbokv_cache_bytes.restype = [ctypes.c_void_p], ctypes.c_size_t

@@ -1,0 +1,99 @@
+"""A llama-server of our build as a child process: start, wait until it answers, ask, stop."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from turbokv import native
+from turbokv.errors import TurbokvError
+
+START_TIMEOUT = 120  # seconds until the model must be loaded
+REQUEST_TIMEOUT = 300
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """llama-server on a free loopback port. Use as a context manager: leaving it stops the process.
+
+    `arguments` go to llama-server as they are. Raises TurbokvError, with the end of the server's log, when the
+    server ends before it answers.
+    """
+
+    def __init__(self, model: Path, arguments: list[str]) -> None:
+        self.url = f"http://127.0.0.1:{(port := _free_port())}"
+        self._log = tempfile.NamedTemporaryFile(prefix="turbokv-server-", suffix=".log")  # noqa: SIM115 closed in stop()
+        command = [
+            native.tool("llama-server"),
+            "--model",
+            model,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            *arguments,
+        ]
+        self._process = subprocess.Popen(list(map(str, command)), stdout=self._log, stderr=subprocess.STDOUT)
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def log(self) -> str:
+        """All that the server has logged so far."""
+        return Path(self._log.name).read_text(errors="replace")
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                tail = "\n".join(self.log().splitlines()[-12:])
+                raise TurbokvError(
+                    f"llama-server ended with status {self._process.returncode} before it answered:\n{tail}"
+                )
+            try:
+                with urllib.request.urlopen(self.url + "/health", timeout=5):
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.1)  # not listening yet, or 503 while the model loads
+        raise TurbokvError(f"llama-server did not answer within {START_TIMEOUT} s")
+
+    def post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Sends a JSON request, e.g. to /completion, and returns the JSON reply."""
+        body = json.dumps(request).encode()
+        post = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(post, timeout=REQUEST_TIMEOUT) as response:
+            reply: dict[str, Any] = json.load(response)
+            return reply
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

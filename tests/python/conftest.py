@@ -1,0 +1,24 @@
+"""Fixtures and settings that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from turbokv.spec import TYPES, KVType
+
+# No deadline: shared CI machines stall. Derandomized: a red run is red again on the next machine.
+settings.register_profile("turbokv", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("turbokv")
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    return Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session", params=TYPES, ids=[t.name for t in TYPES])
+def kv_type(request: pytest.FixtureRequest) -> KVType:
+    assert isinstance(request.param, KVType)
+    return request.param
