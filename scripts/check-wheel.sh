@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Builds the wheel as `pip install .` does, installs it into a fresh environment outside the checkout and uses it.
+
+source "$(dirname "$0")/common.sh"
+
+setup_system
+setup_venv "[dev]"
+export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+say "Building the wheel"
+.venv/bin/python -m pip wheel . --no-deps --wheel-dir "$scratch" --config-settings build-dir=build/wheel
+ls -l "$scratch"/*.whl
+
+say "Using it from an environment of its own"
+python3 -m venv "$scratch/venv"
+"$scratch/venv/bin/pip" install --quiet --disable-pip-version-check "$scratch"/*.whl
+cd "$scratch"
+venv/bin/turbokv doctor
+venv/bin/turbokv kld --ctx 512 --chunks 1 --cache f16,turbo3
+if find venv -name 'libllama*' -o -name 'libggml-base*' | grep -v turbokv/_native; then
+    fail "a second llama.cpp was installed"
+fi

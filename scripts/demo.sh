@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Builds everything and compares turbo3 and turbo4 with f16, q8_0 and q4_0 on the built-in model.
+# A bare Debian machine without a GPU is enough. First run: about 10 minutes on 2 cores; after that: 2 minutes.
+
+source "$(dirname "$0")/common.sh"
+
+setup_system
+setup_venv ""
+setup_build turbokv-tools
+
+say "Perplexity and KL divergence from f16, for every cache"
+turbokv kld --ctx 2048 --chunks 4 --cache f16,q8_0,q4_0,turbo4,turbo3,q8_0/turbo3 --json build/demo.json
+echo 'Written to build/demo.json by: turbokv kld --ctx 2048 --chunks 4 --cache f16,q8_0,q4_0,turbo4,turbo3,q8_0/turbo3 --json build/demo.json'
+
+say "llama-server --cache-type-k turbo3 --cache-type-v turbo3"
+python scripts/demo_server.py
+
+say "Next"
+cat <<'EOF'
+On a model of yours:
+  source .venv/bin/activate
+  turbokv kld -m model.gguf -c 4096 --chunks 8 --cache f16,q8_0,turbo4,turbo4/turbo3
+  turbokv serve -m model.gguf -- --cache-type-k turbo3 --cache-type-v turbo3 --port 8080
+What is built, and which lines were added to llama.cpp: turbokv doctor
+All tests: scripts/test.sh
+EOF

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Runs every check on a machine without a GPU: generated files, formats, types, C tests (ctest), Python tests (pytest).
+# Arguments go to pytest, e.g. scripts/test.sh -m 'not slow'.
+
+source "$(dirname "$0")/common.sh"
+
+setup_system
+setup_venv "[dev]"
+setup_build all
+
+say "Generated files, formats, types"
+python scripts/generate.py --check
+ruff check . && ruff format --check .
+mypy
+git ls-files '*.c' '*.h' '*.cpp' | grep -v '^ggml-ext/generated/' | xargs clang-format --dry-run --Werror
+
+failed=0
+say "C tests"
+ctest --test-dir build --output-on-failure || failed=1
+say "Python tests"
+pytest "$@" || failed=1
+exit $failed
