@@ -24,8 +24,8 @@ MARKER = "// [turbokv]"
 STAMP = ".turbokv-copy"  # stands in every hooked copy: what lacks it is not ours to change
 HOOKS_FILE = Path(__file__).resolve().parent / "hooks.toml"
 
-# Large and not needed for building.
-NOT_COPIED = {".git", ".github", ".devops", "build", "docs", "models", "media", "benches", "pocs"}
+# Large and not needed for building; the user's own build folders (build*) are left out as well.
+NOT_COPIED = {".git", ".github", ".devops", "docs", "models", "media", "benches", "pocs"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def synchronize(source: Path, dest: Path, hooked: dict[str, str]) -> int:
     wanted = {Path(STAMP)}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if relative.parts[0] in NOT_COPIED or not path.is_file():
+        if relative.parts[0] in NOT_COPIED or relative.parts[0].startswith("build") or not path.is_file():
             continue
         wanted.add(relative)
         target = dest / relative

@@ -137,6 +137,9 @@ set(TURBOKV_LIBRARIES
 # No versioned names: a wheel would carry each library three times.
 set_property(TARGET ${TURBOKV_LIBRARIES} PROPERTY VERSION)
 set_property(TARGET ${TURBOKV_LIBRARIES} PROPERTY SOVERSION)
+# Nor headers: the wheel is no development package.
+set_property(TARGET ${TURBOKV_LIBRARIES} PROPERTY PUBLIC_HEADER)
+set_property(TARGET ${TURBOKV_LIBRARIES} PROPERTY PRIVATE_HEADER)
 
 add_custom_target(turbokv-tools ALL DEPENDS ${TURBOKV_TOOLS})
 if (UNIX)

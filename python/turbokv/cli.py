@@ -7,6 +7,9 @@ import math
 import os
 import shutil
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,8 +65,8 @@ def _run(
     with_kld: bool,
 ) -> None:
     pairs = cache_type.parse_pairs(cache)
-    if chunks == 0:
-        raise TurbokvError("--chunks 0 measures nothing: give a number of windows, or -1 for all")
+    if chunks == 0 or chunks < -1:
+        raise TurbokvError(f"--chunks {chunks} measures nothing: give a number of windows, or -1 for all")
     if json_file:
         data.check_writable(json_file)
     content = data.read_text(text)
@@ -79,24 +82,50 @@ def _run(
         for pair in pairs:
             if (effective := loaded.effective(pair)) != pair:
                 err.print(f"{pair} -> {effective} for the head size of {model.name}", highlight=False)
-        with Progress(
-            TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=err,
-        ) as progress:  # fmt: skip
-            task = progress.add_task("", total=n_windows * (len(pairs) + with_kld))
+        with _progress(n_windows * (len(pairs) + with_kld)) as advance:
             measurement = perplexity.measure(
-                loaded, tokens, pairs, n_ctx=ctx, n_windows=chunks, n_threads=threads or engine.default_threads(),
-                with_kld=with_kld, advance=lambda name: progress.update(task, advance=1, description=name),
-            )  # fmt: skip
+                loaded,
+                tokens,
+                pairs,
+                n_ctx=ctx,
+                n_windows=chunks,
+                n_threads=threads or engine.default_threads(),
+                with_kld=with_kld,
+                advance=advance,
+            )
         results = perplexity.records(measurement)
+    out.print(_table(results, with_kld))  # first: a full disk must not lose what was measured
     if json_file:
         data.write_atomically(json_file, (json.dumps(_nan_to_null(results), indent=2) + "\n").encode())
-    out.print(_table(results, with_kld))
     if any(record["non_finite"] for record in results):
         err.print("warning: some logits were NaN or infinite; those tokens are counted (column bad) and left out")
     if measurement.n_windows < n_windows:
         err.print(f"interrupted: the table covers {measurement.n_windows} of {n_windows} windows")
         raise typer.Exit(130)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, a line per pass in a log; yields what to call with the name of each finished pass."""
+    if err.is_terminal:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(TextColumn("{task.description:24}"), *columns, console=err) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda name: bar.update(task, advance=1, description=name)
+        return
+
+    started, done = time.monotonic(), 0
+
+    def line(name: str) -> None:
+        nonlocal done
+        done += 1
+        elapsed = time.monotonic() - started
+        err.print(
+            f"[{done}/{total}] {name}, {elapsed:.0f} s, about {elapsed / done * (total - done):.0f} s left",
+            markup=False,
+        )
+
+    yield line
 
 
 def _nan_to_null(value: Any) -> Any:

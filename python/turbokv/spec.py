@@ -6,8 +6,8 @@ this file into the C tables, structs and trait rows, README's type table and the
 
 Byte layout, one rule for all types: a block is its index planes, low bits first, then the fp16 scale `d`.
 A plane of `bits` bits over a block of n values has n*bits/8 bytes; field k of byte j (bits k*bits and up)
-belongs to value j + k*plane_bytes. Neighbouring bytes therefore hold neighbouring values, so that a SIMD
-register or a GPU word decodes with one shift and one mask per field (docs/layout.md has the measurement).
+belongs to value j + k*plane_bytes. Neighbouring bytes hold neighbouring values, so that a SIMD register or a
+GPU word is decoded with one shift and one mask per field.
 """
 
 from __future__ import annotations
