@@ -39,11 +39,11 @@ bool resolve(const char * side, uint32_t head_dim, ggml_type * type) {
         LLAMA_LOG_ERROR(
             "turbokv: %s cache type %s needs heads of a multiple of 64 values, because llama.cpp rotates no others; "
             "this model has head_dim %u. Types that work here: %sf16, bf16\n",
-            side, family->name, head_dim, head_dim % 32 == 0 ? "q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, " : "");
+            side, ggml_type_name(*type), head_dim, head_dim % 32 == 0 ? "q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, " : "");
         return false;
     }
     if (head_dim % ggml_blck_size(*type) != 0) {
-        LLAMA_LOG_INFO("turbokv: %s %s -> %s (head_dim %u)\n", side, ggml_type_name(*type),
+        LLAMA_LOG_WARN("turbokv: %s %s -> %s (head_dim %u)\n", side, ggml_type_name(*type),
                        ggml_type_name(family->block_64), head_dim);
         *type = family->block_64;
     }
@@ -67,17 +67,24 @@ bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, 
     return resolve("K", head_dim_k, type_k) && resolve("V", head_dim_v, type_v);
 }
 
-void turbokv_check_rotation(ggml_type type_k, bool rotated_k, ggml_type type_v, bool rotated_v) {
-    const auto check = [](const char * side, ggml_type type, bool rotated) {
-        if (family_of(type) != nullptr && !rotated) {
-            throw std::runtime_error(std::string("turbokv: ") + side + " cache type " + ggml_type_name(type) +
-                                     " stores rotated values, but llama.cpp does not rotate " + side +
+void turbokv_check_cache(const turbokv_side & k, const turbokv_side & v) {
+    bool ours = false;
+    for (const auto & side : {k, v}) {
+        if (family_of(side.type) == nullptr) {
+            continue;
+        }
+        ours = true;
+        if (!side.rotated) {
+            throw std::runtime_error(std::string("turbokv: ") + side.name + " cache type " + ggml_type_name(side.type) +
+                                     " stores rotated values, but llama.cpp does not rotate " + side.name +
                                      " here (LLAMA_ATTN_ROT_DISABLE is set, or the head size differs between layers). "
                                      "Unset the variable, or use q8_0 or f16");
         }
-    };
-    check("K", type_k, rotated_k);
-    check("V", type_v, rotated_v);
+    }
+    if (ours) {  // a warning only in level: the tools hide libllama's info lines
+        LLAMA_LOG_WARN("turbokv: cache K %s %zu bytes, V %s %zu bytes\n", ggml_type_name(k.type), k.bytes,
+                       ggml_type_name(v.type), v.bytes);
+    }
 }
 
 size_t turbokv_cache_bytes(const llama_context * ctx) {

@@ -23,6 +23,15 @@ LLAMA_API size_t turbokv_cache_bytes(const struct llama_context * ctx);
 #ifdef __cplusplus
 }
 
-// Throws std::runtime_error, which refuses the context, when a cache of ours would hold unrotated values.
-void turbokv_check_rotation(ggml_type type_k, bool rotated_k, ggml_type type_v, bool rotated_v);
+// One side of a KV cache as llama.cpp has set it up.
+struct turbokv_side {
+    const char * name;  // "K" or "V"
+    ggml_type    type;
+    bool         rotated;  // by the graph, before values are stored
+    size_t       bytes;    // allocated
+};
+
+// For caches with a type of ours: logs effective types and bytes, where the tools show it by default. Throws
+// std::runtime_error, which refuses the context, when values would be stored unrotated.
+void turbokv_check_cache(const turbokv_side & k, const turbokv_side & v);
 #endif

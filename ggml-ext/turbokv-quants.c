@@ -59,8 +59,7 @@ static inline void turbo_pack(uint8_t * plane, int bits, int shift, const uint8_
     }
 }
 
-// The inverse of turbo_pack for one plane (turbo4) and for the planes of 2 and 1 bits (turbo3). One pass of plain
-// byte operations each, which compilers vectorize.
+// The inverse of turbo_pack for one plane (turbo4) and for the planes of 2 and 1 bits (turbo3).
 static inline void turbo4_indices(const uint8_t * qs, uint8_t * index, int n) {
     for (int j = 0; j < n / 2; ++j) {
         index[j]         = qs[j] & 15;
@@ -68,22 +67,19 @@ static inline void turbo4_indices(const uint8_t * qs, uint8_t * index, int n) {
     }
 }
 
-// Half of turbo3's values: `half` is 0 or 1, the even or odd fields of qh belong to it.
-static inline void turbo3_half(const uint8_t * ql, const uint8_t * qh, int half, uint8_t * index, int n) {
-    for (int j = 0; j < n / 8; ++j) {
-        const int low  = ql[j];
-        const int high = qh[j] >> half;
-
-        index[j]             = (low & 3) | ((high << 2) & 4);
-        index[j + n / 4]     = ((low >> 2) & 3) | (high & 4);
-        index[j + n / 4 * 2] = ((low >> 4) & 3) | ((high >> 2) & 4);
-        index[j + n / 4 * 3] = (low >> 6) | ((high >> 4) & 4);
-    }
-}
-
 static inline void turbo3_indices(const uint8_t * ql, const uint8_t * qh, uint8_t * index, int n) {
-    turbo3_half(ql, qh, 0, index, n);
-    turbo3_half(ql + n / 8, qh, 1, index + n / 8, n);
+    const uint64_t ones = 0x0101010101010101;  // eight bytes at a time: every shift stays inside its byte
+    for (int j = 0; j < n / 4; j += 8) {
+        uint64_t low;
+        uint64_t high;
+        memcpy(&low, ql + j, 8);
+        memcpy(&high, qh + j % (n / 8), 8);
+        high >>= j / (n / 8);  // the upper half of ql goes with the odd fields of qh
+        for (int k = 0; k < 4; ++k) {
+            const uint64_t i = ((low >> (2 * k)) & (3 * ones)) | (((high >> (2 * k)) & ones) << 2);
+            memcpy(index + k * (n / 4) + j, &i, 8);
+        }
+    }
 }
 
 static inline void turbo_decode(const uint8_t * index, const float * levels, int n_levels, ggml_half scale, float * y,

@@ -19,6 +19,7 @@ def main() -> None:
     size = {}
     for cache in ("f16", "turbo3"):
         arguments = ["--ctx-size", str(CTX), "--parallel", "1", "--cache-type-k", cache, "--cache-type-v", cache]
+        arguments += ["--log-verbosity", "4"]  # or the size of an f16 cache is not logged
         with Server(data.MINI, arguments) as server:
             request = {"prompt": PROMPT, "n_predict": 24, "temperature": 0}
             text = server.post("/completion", request)["content"]

@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
+sys.meta_path.insert(0, PathFinder)  # this tree's package, not that of an editable install of another tree
 
 from turbokv import golden  # noqa: E402
 from turbokv.spec import BY_NAME, FAMILIES, FIRST_TYPE_ID, TYPE_COUNT, TYPES, KVType  # noqa: E402

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,8 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="KV-cache types for llama.cpp, and what they cost on your model.",
 )
-out = Console(width=max(shutil.get_terminal_size().columns, 110))  # a cut-off table is no result
-err = Console(stderr=True)  # progress and notes; the result alone goes to stdout
+out = Console(width=200)  # tables take what their content needs; a cut-off number is no result
+err = Console(stderr=True, highlight=False, soft_wrap=True)  # progress and notes; the result alone goes to stdout
 
 DEFAULT_CACHES = "f16,q8_0,q4_0,turbo4,turbo3"
 
@@ -70,38 +69,66 @@ def _run(
     if json_file:
         data.check_writable(json_file)
     content = data.read_text(text)
-    with engine.Model(model) as loaded:
-        tokens = loaded.tokenize(content)
-        n_windows = len(perplexity.windows(loaded, tokens, ctx, chunks))
-        if 0 < n_windows < chunks:
-            err.print(f"the text has only {n_windows} windows of {ctx} tokens; measuring those")
-        if ctx > loaded.n_ctx_train:
-            err.print(
-                f"note: {model.name} was trained on contexts of {loaded.n_ctx_train} tokens, not {ctx}", highlight=False
-            )
-        for pair in pairs:
-            if (effective := loaded.effective(pair)) != pair:
-                err.print(f"{pair} -> {effective} for the head size of {model.name}", highlight=False)
-        with _progress(n_windows * (len(pairs) + with_kld)) as advance:
-            measurement = perplexity.measure(
-                loaded,
-                tokens,
-                pairs,
-                n_ctx=ctx,
-                n_windows=chunks,
-                n_threads=threads or engine.default_threads(),
-                with_kld=with_kld,
-                advance=advance,
-            )
-        results = perplexity.records(measurement)
-    out.print(_table(results, with_kld))  # first: a full disk must not lose what was measured
-    if json_file:
-        data.write_atomically(json_file, (json.dumps(_nan_to_null(results), indent=2) + "\n").encode())
+    try:
+        with engine.interrupts.deferred(), engine.Model(model) as loaded:
+            tokens = loaded.tokenize(content)
+            n_windows = len(perplexity.windows(loaded, tokens, ctx, chunks))
+            _notes(loaded, pairs, ctx, n_windows, chunks, with_kld=with_kld)
+            with _progress(n_windows * (len(pairs) + 1)) as advance:
+                measurement = perplexity.measure(
+                    loaded,
+                    tokens,
+                    pairs,
+                    n_ctx=ctx,
+                    n_windows=chunks,
+                    n_threads=threads or engine.default_threads(),
+                    with_kld=with_kld,
+                    advance=advance,
+                )
+            results = perplexity.records(measurement)
+    except KeyboardInterrupt:
+        err.print("turbokv: interrupted before the first window was finished; nothing to report")
+        raise typer.Exit(130) from None
+    _deliver(results, json_file, with_kld=with_kld)
     if any(record["non_finite"] for record in results):
         err.print("warning: some logits were NaN or infinite; those tokens are counted (column bad) and left out")
     if measurement.n_windows < n_windows:
         err.print(f"interrupted: the table covers {measurement.n_windows} of {n_windows} windows")
         raise typer.Exit(130)
+
+
+def _notes(
+    model: engine.Model, pairs: list[cache_type.CachePair], ctx: int, n_windows: int, chunks: int, *, with_kld: bool
+) -> None:
+    """What the user should know before the run, on stderr."""
+    if n_windows < chunks:
+        err.print(f"the text has only {n_windows} windows of {ctx} tokens; measuring those")
+    if ctx > model.n_ctx_train:
+        err.print(f"note: {model.path.name} was trained on contexts of {model.n_ctx_train} tokens, not {ctx}")
+    reference_gib = (ctx - ctx // 2) * model.n_vocab * 4 / 2**30
+    if with_kld and reference_gib > 2:
+        err.print(f"note: the reference logits of a window take {reference_gib:.1f} GiB of memory")
+    for pair in pairs:
+        if (effective := model.effective(pair)) != pair:
+            err.print(f"{pair} -> {effective} for the head size of {model.path.name}")
+
+
+def _deliver(results: list[dict[str, Any]], json_file: Path | None, *, with_kld: bool) -> None:
+    """Writes the JSON and prints the table; trouble with one does not keep the other from being delivered."""
+    failure: TurbokvError | None = None
+    if json_file:
+        try:
+            data.write_atomically(json_file, (json.dumps(_nan_to_null(results), indent=2) + "\n").encode())
+        except TurbokvError as error:
+            failure = error
+    try:
+        out.print(_table(results, with_kld))
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes it again at exit
+        failure = failure or TurbokvError(f"the table could not be printed: {error.strerror}")
+    if failure:
+        raise failure
 
 
 @contextmanager
@@ -138,7 +165,8 @@ def _nan_to_null(value: Any) -> Any:
 
 def _table(results: list[dict[str, Any]], with_kld: bool) -> Table:
     first = results[0]
-    title = f"{first['model']}, {first['chunks']} windows of {first['ctx']} tokens"
+    plural = "s" * (first["chunks"] != 1)
+    title = f"{first['model']}, {first['chunks']} window{plural} of {first['ctx']} tokens"
     table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     table.add_column("cache K/V", no_wrap=True)
     names = ["bits K/V", "KV MiB", "PPL", *(("mean KLD", "95% CI", "median", "99.9%", "same top") if with_kld else ())]
@@ -262,11 +290,11 @@ def main() -> None:
     try:
         app()
     except TurbokvError as error:
-        err.print(f"turbokv: {error}", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"turbokv: {error}", markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("turbokv: interrupted")
-        sys.exit(130)
+    except OSError as error:
+        err.print(f"turbokv: {error.filename or 'input/output'}: {error.strerror}", markup=False)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import http.client
 import io
 import os
-import tempfile
-import urllib.error
+import shutil
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 from turbokv.errors import TurbokvError
@@ -30,30 +32,43 @@ def cache_dir() -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes the whole file or nothing: a full disk or a kill leaves the old file, and no half of a new one."""
-    temporary = None
+    """Writes the whole file or nothing: a full disk or a kill leaves the old file, and no half of a new one.
+
+    Devices and pipes such as /dev/stdout are written to as they are. Raises TurbokvError.
+    """
     try:
+        path = path.resolve()
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary:
+        temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(content)
+            if path.exists():
+                shutil.copymode(path, temporary)
+            temporary.replace(path)
+        finally:
             temporary.unlink(missing_ok=True)
-        raise TurbokvError(f"cannot write {path}: {error.strerror}. Free the space or choose another place") from error
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "Free some space" if full else "Choose another place"
+        raise TurbokvError(f"cannot write {path}: {error.strerror}. {fix} and run it again") from error
 
 
 def check_writable(path: Path) -> None:
-    """Fails now rather than after an hour of measuring."""
-    folder = path.parent
+    """Fails now rather than after an hour of measuring: an empty file beside it is really written and removed."""
     if path.is_dir():
         raise TurbokvError(f"{path} is a folder: name a file")
-    if not folder.is_dir():
-        raise TurbokvError(f"cannot write {path}: the folder {folder} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise TurbokvError(f"cannot write {path}: no permission in {folder}")
+    if not path.parent.is_dir():
+        raise TurbokvError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_file() or not path.exists():
+        probe = path.with_name(f".turbokv-{os.getpid()}.probe")
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise TurbokvError(f"cannot write {path}: {error.strerror}. Choose another place") from error
 
 
 def wikitext2(url: str = WIKITEXT2_URL, sha256: str = WIKITEXT2_SHA256) -> Path:
@@ -64,7 +79,7 @@ def wikitext2(url: str = WIKITEXT2_URL, sha256: str = WIKITEXT2_SHA256) -> Path:
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             text = zipfile.ZipFile(io.BytesIO(response.read())).read(WIKITEXT2_MEMBER)
-    except (OSError, urllib.error.URLError, zipfile.BadZipFile, KeyError) as error:
+    except (OSError, http.client.HTTPException, zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise TurbokvError(
             f"WikiText-2 could not be downloaded from {url}: {error}. "
             "Without a network use the built-in text (leave -f out) or a text file of your own (-f FILE)"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,7 +46,7 @@ class _Log:
         self.lines.append((level, line))
 
     def errors(self) -> str:
-        """The error lines since the last clear(), one string; a hint at -v when there were none."""
+        """The error lines since the last clear(), one string."""
         found = [line.strip() for level, line in self.lines if level == LOG_ERROR and line.strip()]
         return "; ".join(found) or "llama.cpp gave no reason"
 
@@ -56,6 +58,38 @@ class _Log:
 
 
 log = _Log()
+
+
+class _Interrupts:
+    """Ctrl-C as a flag. Python would run its own handler inside llama.cpp's log callback too, and ctypes drops what
+    a callback raises: the interrupt would be lost."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within it Ctrl-C becomes a KeyboardInterrupt of the next check(); a second one ends the process at once."""
+
+        def on_signal(*_: object) -> None:
+            if self.requested:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGINT)
+            self.requested = True
+
+        self.requested = False
+        previous = signal.signal(signal.SIGINT, on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def check(self) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+
+
+interrupts = _Interrupts()
 
 
 def default_threads() -> int:
@@ -131,6 +165,7 @@ class Context:
         params.n_ubatch = min(params.n_batch, n_ubatch)
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_ids()[pair.k], type_ids()[pair.v]
+        interrupts.check()
         log.clear()
         self.handle = self._lib.llama_init_from_model(model.handle, params)
         if not self.handle:
@@ -155,6 +190,7 @@ class Context:
                     n_outputs += start + i >= first
                 batch.n_tokens = len(part)
                 status = lib.llama_decode(self.handle, batch)
+                interrupts.check()
                 if status:
                     raise TurbokvError(f"llama_decode failed with status {status}: {log.errors()}")
                 if n_outputs:

@@ -38,7 +38,11 @@ def native_dir() -> Path:
 @cache
 def build_info() -> dict[str, Any]:
     """What was built: `upstream_commit`, `bindings` (bool), `hooks` (list), `compiler`, `build_type`, `version`."""
-    info: dict[str, Any] = json.loads((native_dir() / "turbokv-build.json").read_text())
+    path = native_dir() / "turbokv-build.json"
+    try:
+        info: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise TurbokvError(f"{path} is damaged ({error}): run `cmake -S . -B build` again, or reinstall") from error
     return info
 
 
@@ -66,14 +70,15 @@ def llama() -> ModuleType:
     sys.path.insert(0, str(folder / "bindings"))
     try:
         import llama_cpp.llama_cpp as lib
-    except (OSError, RuntimeError) as error:
+
+        _declare(lib._lib)
+    except (OSError, RuntimeError, ImportError, AttributeError) as error:
         raise TurbokvError(
             f"libllama in {folder} does not load: {error}. Build again with `cmake --build build`"
         ) from error
     finally:
         sys.path.remove(str(folder / "bindings"))
     loaded: ModuleType = lib
-    _declare(loaded._lib)
     loaded.llama_backend_init()
     return loaded
 

@@ -2,8 +2,8 @@
 
 The protocol is llama-perplexity's, so that the numbers can be held against it: the text is cut into windows of
 n_ctx tokens, the first token of each is replaced by BOS if the model has one, and positions n_ctx/2 .. n_ctx-2
-are scored. Window by window the f16 reference is computed first and kept in memory, then every cache runs on
-the same window in the same batches; so an `f16` among the caches is a second run and shows the noise floor.
+are scored. Window by window the f16 reference is computed first (for KLD its logits are kept in memory), then every
+cache runs on the same window in the same batches. An `f16` among the caches is a second run: the noise floor.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CacheRun:
     requested: CachePair
     effective: CachePair
     cache_bytes: int = 0
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)  # per window
     windows: list[Scores] = field(default_factory=list)
 
 
@@ -100,6 +100,7 @@ def score(logits: NDArray[np.float32], reference: NDArray[np.float32] | None, ta
             own = logits[i : i + ROWS].astype(np.float64)
             own_log_p = own - log_normalizer(own)[:, None]
             nll = -own_log_p[np.arange(len(own)), targets[i : i + ROWS]]
+            nll[~np.isfinite(own).all(axis=-1)] = np.nan
             if reference is None:
                 parts.append((nll, np.zeros(len(own)), np.ones(len(own), bool)))
                 continue
@@ -158,20 +159,25 @@ def measure(
     """
     result = Measurement(model.path.name, n_ctx, with_kld, [CacheRun(pair, model.effective(pair)) for pair in pairs])
     first = n_ctx // 2
+    for pair in pairs:  # what cannot work is refused now, not after the windows before it
+        Context(model, pair, min(n_ctx, 256), n_threads).close()
     try:
         for window in windows(model, tokens, n_ctx, n_windows):
             reference = None
-            if with_kld:
-                with Context(model, F16, n_ctx, n_threads) as context:
+            with Context(model, F16, n_ctx, n_threads) as context:
+                if with_kld:
                     reference = _reference_logits(context, window, first)
-                result.reference_nll.append(score(reference, None, window[first + 1 :]).nll)
-                advance("f16 reference")
+                    scores = score(reference, None, window[first + 1 :])
+                else:
+                    scores = _run_window(context, window, first, None)
+            result.reference_nll.append(scores.nll)
+            advance("f16 reference")
             for run in result.runs:
                 started = time.monotonic()
                 with Context(model, run.requested, n_ctx, n_threads) as context:
                     run.windows.append(_run_window(context, window, first, reference))
                     run.cache_bytes = context.cache_bytes
-                run.seconds += time.monotonic() - started
+                run.seconds.append(time.monotonic() - started)
                 advance(str(run.effective))
     except KeyboardInterrupt:
         if result.n_windows == 0:
@@ -187,7 +193,7 @@ def records(measurement: Measurement) -> list[dict[str, Any]]:
     """One dict per cache, the objects of --json. Sizes in bytes, times in seconds, PPL and KLD in nats' terms;
     `non_finite` counts the scored tokens whose logits were NaN or infinite, which no other number includes."""
     n = measurement.n_windows
-    reference = measurement.reference_nll[:n]
+    reference_nll = np.concatenate(measurement.reference_nll[:n])
     out: list[dict[str, Any]] = []
     for run in measurement.runs:
         all_scores = join(run.windows[:n])
@@ -199,6 +205,7 @@ def records(measurement: Measurement) -> list[dict[str, Any]]:
             "bits_v": bits_per_value(run.effective.v),
             "kv_bytes": run.cache_bytes,
             "ppl": _ppl(all_scores.nll[finite]),
+            "ppl_f16": _ppl(reference_nll[finite & np.isfinite(reference_nll)]),
         }
         if measurement.with_kld:
             kld = all_scores.kld[finite]
@@ -213,7 +220,6 @@ def records(measurement: Measurement) -> list[dict[str, Any]]:
                 }
             else:
                 summary = dict.fromkeys(("mean", "median", "p99", "p999", "max"), float("nan"))
-            record["ppl_f16"] = _ppl(np.concatenate(reference))
             record["kld"] = {**summary, "ci95": list(bootstrap_ci95([w.kld[w.finite] for w in run.windows[:n]]))}
             record["same_top"] = float(all_scores.same_top[finite].mean()) if finite.any() else float("nan")
         record |= {
@@ -222,7 +228,7 @@ def records(measurement: Measurement) -> list[dict[str, Any]]:
             "ctx": measurement.n_ctx,
             "model": measurement.model,
             "upstream_commit": native.build_info()["upstream_commit"],
-            "seconds": round(run.seconds, 3),
+            "seconds": round(sum(run.seconds[:n]), 3),
         }
         out.append(record)
     return out

@@ -1,0 +1,167 @@
+"""Which type a head size gets, and what is said where none of ours can work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_llama
+from turbokv import data, native, perplexity
+from turbokv.cache_type import CachePair, parse_pairs
+from turbokv.engine import Context, Model
+from turbokv.errors import TurbokvError
+from turbokv.server import Server
+
+TinyModel = Callable[[int], Path]
+
+REFUSAL = "turbo3 needs heads of a multiple of 64 values, because llama.cpp rotates no others; "
+WORKING = {
+    80: "this model has head_dim 80. Types that work here: f16, bf16\n",
+    96: "this model has head_dim 96. Types that work here: q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, f16, bf16\n",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Path of a random model with the given head size, written at its first use."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return cache(lambda head_dim: write_llama(folder / f"head_dim_{head_dim}.gguf", head_dim))
+
+
+def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def kld(model: Path, k: str, v: str) -> list[str | Path]:
+    return [sys.executable, "-m", "turbokv", "kld", "-m", model, "-c", "64", "--chunks", "1", "--cache", f"{k}/{v}"]
+
+
+def llama_bench(model: Path, k: str, v: str) -> list[str | Path]:
+    return [native.tool("llama-bench"), "-m", model, *f"-ctk {k} -ctv {v} -fa 1 -p 4 -n 0 -r 1 -v".split()]
+
+
+# Not llama-perplexity: it exits without flushing its log, and loses the message now and then.
+commands = pytest.mark.parametrize("command", [kld, llama_bench])
+Command = Callable[[Path, str, str], list[str | Path]]
+
+
+# --- heads that llama.cpp does not rotate
+
+
+@commands
+@pytest.mark.parametrize(("k", "v", "side"), [("turbo3", "f16", "K"), ("f16", "turbo3", "V")])
+@pytest.mark.parametrize("head_dim", WORKING)
+def test_heads_that_are_not_rotated_are_refused_with_the_types_that_work(
+    command: Command, k: str, v: str, side: str, head_dim: int, tiny_model: TinyModel
+) -> None:
+    refused = run(command(tiny_model(head_dim), k, v))
+    assert refused.returncode == 1, refused.stderr  # an error exit, not a signal
+    assert f"turbokv: {side} cache type {REFUSAL}{WORKING[head_dim]}" in refused.stderr
+
+
+@commands
+def test_same_model_works_with_f16(command: Command, tiny_model: TinyModel) -> None:
+    worked = run(command(tiny_model(80), "f16", "f16"))
+    assert worked.returncode == 0, worked.stderr
+
+
+@pytest.mark.parametrize("head_dim", WORKING)
+def test_every_type_that_the_refusal_names_works(head_dim: int, tiny_model: TinyModel) -> None:
+    with Model(tiny_model(head_dim)) as model:
+        for name in WORKING[head_dim].removesuffix("\n").split("work here: ")[1].split(", "):
+            with Context(model, CachePair(name, name), 64, 1) as context:
+                for logits in context.logits(np.arange(1, 33, dtype=np.int32), first=0):
+                    assert np.isfinite(logits).all(), name
+
+
+def test_server_refuses_what_it_cannot_rotate_and_serves_f16(tiny_model: TinyModel) -> None:
+    model = tiny_model(80)
+    with pytest.raises(TurbokvError, match="ended with status 1 ") as refusal:
+        Server(model, ["--cache-type-k", "turbo3", "--ctx-size", "128"])
+    assert f"turbokv: K cache type {REFUSAL}{WORKING[80]}" in str(refusal.value)
+    with Server(model, ["--cache-type-k", "f16", "--ctx-size", "128"]) as server:
+        assert server.post("/completion", {"prompt": "a", "n_predict": 2, "ignore_eos": True})["tokens_predicted"] == 2
+
+
+def test_refused_measurement_leaves_no_file(tiny_model: TinyModel, tmp_path: Path) -> None:
+    refused = run([*kld(tiny_model(80), "turbo3", "turbo3"), "--json", tmp_path / "kld.json"])
+    assert refused.returncode == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_llama_bench_says_why_without_being_asked(tiny_model: TinyModel) -> None:
+    command = llama_bench(tiny_model(80), "turbo3", "f16")
+    command.remove("-v")
+    assert "head_dim 80" in run(command).stderr
+
+
+# --- rotation switched off
+
+
+@pytest.mark.parametrize(("k", "v", "side"), [("turbo3", "f16", "K"), ("f16", "turbo3", "V")])
+def test_unrotated_is_refused(k: str, v: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+    message = f"turbokv: {side} cache type turbo3 stores rotated values, but llama.cpp does not rotate {side} here"
+    with pytest.raises(TurbokvError, match=message):
+        Server(data.MINI, ["--cache-type-k", k, "--cache-type-v", v, "--ctx-size", "128"])
+    for command in (kld, llama_bench):
+        refused = run(command(data.MINI, k, v))
+        assert refused.returncode == 1, refused.stderr
+        assert message in refused.stderr
+
+
+def test_unrotated_q8_0_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+    worked = run(llama_bench(data.MINI, "q8_0", "q8_0"))
+    assert worked.returncode == 0, worked.stderr
+    assert "attention rotation force disabled" in worked.stderr
+
+
+# --- the block that fits the heads
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "effective"),
+    [
+        (64, "turbo3_64/turbo4_64"),
+        (128, "turbo3/turbo4"),
+        (192, "turbo3_64/turbo4_64"),
+        (256, "turbo3/turbo4"),
+        (320, "turbo3_64/turbo4_64"),
+    ],
+)
+def test_short_names_get_the_block_that_divides_the_heads(head_dim: int, effective: str, tiny_model: TinyModel) -> None:
+    with Model(tiny_model(head_dim)) as model:
+        assert str(model.effective(CachePair("turbo3", "turbo4"))) == effective
+        with Context(model, CachePair("turbo3", "turbo4"), 256, 1) as short:
+            pair = CachePair(*effective.split("/"))
+            with Context(model, pair, 256, 1) as explicit:
+                assert short.cache_bytes == explicit.cache_bytes
+
+
+def test_built_in_models_have_heads_of_128_and_64() -> None:
+    for path, effective in ((data.MINI, "turbo3/f16"), (data.BIAS, "turbo3_64/f16")):
+        with Model(path) as model:
+            assert str(model.effective(CachePair("turbo3", "f16"))) == effective
+
+
+def test_64_block_asked_for_by_name_stays() -> None:
+    with Model(data.MINI) as model:
+        assert str(model.effective(CachePair("turbo3_64", "turbo4"))) == "turbo3_64/turbo4"
+
+
+@pytest.mark.parametrize("head_dim", [64, 192, 256, 320])
+def test_every_head_size_decodes_what_it_encoded(head_dim: int, tiny_model: TinyModel) -> None:
+    """turbo4 costs what q4_0, the upstream type of about its size, costs on the same heads."""
+    tokens = np.random.default_rng(0).integers(1, 512, 256, dtype=np.int32)
+    with Model(tiny_model(head_dim)) as model:
+        measured = perplexity.measure(
+            model, tokens, parse_pairs("q4_0,turbo4"), n_ctx=256, n_windows=1, n_threads=1, with_kld=True
+        )
+    q4_0, turbo4 = (record["kld"]["mean"] for record in perplexity.records(measured))
+    assert 0 < turbo4 < 2 * q4_0
