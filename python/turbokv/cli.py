@@ -248,11 +248,11 @@ def doctor() -> None:
 
     Exit code 1 if something is wrong. Example: `turbokv doctor`
     """
-    marks = {True: "[green]ok[/]", False: "[red]BAD[/]", None: "  "}
+    marks = {True: "[green]ok [/]", False: "[red]BAD[/]", None: "   "}
     broken = False
     for finding in doctor_module.findings():
         broken |= finding.ok is False
-        out.print(f"{marks[finding.ok]:4} {finding.name + ':':24} {finding.value}", highlight=False, soft_wrap=True)
+        out.print(f"{marks[finding.ok]} {finding.name + ':':24} {finding.value}", highlight=False, soft_wrap=True)
     if broken:
         raise typer.Exit(1)
 
