@@ -9,14 +9,14 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from turbokv import native
 from turbokv.cache_type import CachePair, type_ids
+from turbokv.closing import Closing
 from turbokv.errors import TurbokvError
 
 MAX_BATCH = 2048  # llama-perplexity's defaults, so that both compute the same batches
@@ -49,9 +49,6 @@ class _Log:
         """The error lines since the last clear(), one string."""
         found = [line.strip() for level, line in self.lines if level == LOG_ERROR and line.strip()]
         return "; ".join(found) or "llama.cpp gave no reason"
-
-    def turbokv_lines(self) -> list[str]:
-        return [line.strip() for _, line in self.lines if line.startswith("turbokv:")]
 
     def clear(self) -> None:
         self.lines.clear()
@@ -97,7 +94,7 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Model:
+class Model(Closing):
     """A GGUF model, loaded once and shared by the contexts of all caches. Use as a context manager."""
 
     def __init__(self, path: Path) -> None:
@@ -144,16 +141,8 @@ class Model:
             self._lib.llama_model_free(self.handle)
             self.handle = None
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Context:
+class Context(Closing):
     """One sequence of up to n_ctx tokens with a given cache. Use as a context manager."""
 
     def __init__(self, model: Model, pair: CachePair, n_ctx: int, n_threads: int, n_ubatch: int = MAX_UBATCH) -> None:
@@ -202,11 +191,3 @@ class Context:
         if self.handle:
             self._lib.llama_free(self.handle)
             self.handle = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -10,10 +10,10 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from turbokv import native
+from turbokv.closing import Closing
 from turbokv.errors import TurbokvError
 
 START_TIMEOUT = 120  # seconds until the model must be loaded
@@ -27,7 +27,7 @@ def _free_port() -> int:
         return port
 
 
-class Server:
+class Server(Closing):
     """llama-server on a free loopback port. Use as a context manager: leaving it stops the process.
 
     `arguments` go to llama-server as they are. Raises TurbokvError, with the end of the server's log, when the
@@ -36,7 +36,7 @@ class Server:
 
     def __init__(self, model: Path, arguments: list[str]) -> None:
         self.url = f"http://127.0.0.1:{(port := _free_port())}"
-        self._log = tempfile.NamedTemporaryFile(prefix="turbokv-server-", suffix=".log")  # noqa: SIM115 closed in stop()
+        self._log = tempfile.NamedTemporaryFile(prefix="turbokv-server-", suffix=".log")  # noqa: SIM115 closed in close()
         command = [
             native.tool("llama-server"),
             "--model",
@@ -51,7 +51,7 @@ class Server:
         try:
             self._wait()
         except BaseException:
-            self.stop()
+            self.close()
             raise
 
     def log(self) -> str:
@@ -81,7 +81,7 @@ class Server:
             reply: dict[str, Any] = json.load(response)
             return reply
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._process.terminate()
         try:
             self._process.wait(10)
@@ -89,11 +89,3 @@ class Server:
             self._process.kill()
             self._process.wait()
         self._log.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
