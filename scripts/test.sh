@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every check on a machine without a GPU: generated files, formats, types, C tests (ctest), Python tests (pytest).
-# Arguments go to pytest, e.g. scripts/test.sh -m 'not slow'.
+# Arguments go to pytest: scripts/test.sh -m '' also runs the slow tests, which want WikiText-2 in ../shared/eval.
 
 source "$(dirname "$0")/common.sh"
 
