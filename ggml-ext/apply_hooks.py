@@ -24,8 +24,11 @@ MARKER = "// [turbokv]"
 STAMP = ".turbokv-copy"  # stands in every hooked copy: what lacks it is not ours to change
 HOOKS_FILE = Path(__file__).resolve().parent / "hooks.toml"
 
-# Large and not needed for building; the user's own build folders (build*) are left out as well.
-NOT_COPIED = {".git", ".github", ".devops", "docs", "models", "media", "benches", "pocs"}
+# What a build needs of a llama.cpp tree. A checkout may hold anything else: models, build folders, environments.
+COPIED = {
+    "CMakeLists.txt", "LICENSE", "app", "cmake", "common", "examples", "ggml", "gguf-py", "grammars", "include",
+    "licenses", "scripts", "src", "tests", "tools", "vendor",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,10 @@ def synchronize(source: Path, dest: Path, hooked: dict[str, str]) -> int:
 
     changed = 0
     wanted = {Path(STAMP)}
-    for path in sorted(source.rglob("*")):
+    tops = sorted(path for path in source.iterdir() if path.name in COPIED)
+    for path in (file for top in tops for file in ([top] if top.is_file() else sorted(top.rglob("*")))):
         relative = path.relative_to(source)
-        if relative.parts[0] in NOT_COPIED or relative.parts[0].startswith("build") or not path.is_file():
+        if not path.is_file():
             continue
         wanted.add(relative)
         target = dest / relative

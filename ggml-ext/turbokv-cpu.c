@@ -9,7 +9,7 @@
 // Dot product of n decoded floats (n a multiple of QK8_0) with q8_0 blocks. One sum per lane: a single sum could
 // not be vectorized without reordering float additions.
 static inline float turbo_dot_q8_0(const float * x, const block_q8_0 * y, int n) {
-    float lanes[QK8_0] = {0.0f};
+    float lanes[QK8_0] = { 0.0f };
     for (int b = 0; b < n / QK8_0; ++b) {
         const float d = GGML_FP16_TO_FP32(y[b].d);
         for (int j = 0; j < QK8_0; ++j) {

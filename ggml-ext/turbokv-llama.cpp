@@ -10,11 +10,10 @@
 
 namespace {
 
-// The short name that users type, and its type for each block size.
+// The types behind one short name: the one that users name, and the one for heads that 128 does not divide.
 struct type_family {
-    const char * name;
-    ggml_type    block_128;
-    ggml_type    block_64;
+    ggml_type block_128;
+    ggml_type block_64;
 };
 
 const type_family families[] = {
@@ -30,12 +29,13 @@ const type_family * family_of(ggml_type type) {
     return nullptr;
 }
 
+// head_dim: what the block has to divide, the greatest common divisor over the layers.
 bool resolve(const char * side, uint32_t head_dim, ggml_type * type) {
     const type_family * family = family_of(*type);
     if (family == nullptr) {
         return true;
     }
-    if (head_dim == 0 || head_dim % 64 != 0) {
+    if (head_dim % 64 != 0) {
         LLAMA_LOG_ERROR(
             "turbokv: %s cache type %s needs heads of a multiple of 64 values, because llama.cpp rotates no others; "
             "this model has head_dim %u. Types that work here: %sf16, bf16\n",
@@ -53,23 +53,29 @@ bool resolve(const char * side, uint32_t head_dim, ggml_type * type) {
 }  // namespace
 
 bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, ggml_type * type_v) {
-    // One cache type serves all layers, so the block has to divide their greatest common divisor.
-    const auto & hparams    = model->hparams;
-    uint32_t     head_dim_k = 0;
-    uint32_t     head_dim_v = 0;
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        head_dim_k = std::gcd(head_dim_k, hparams.n_embd_head_k(il));
-        head_dim_v = std::gcd(head_dim_v, hparams.n_embd_head_v(il));
+    const auto & hparams = model->hparams;
+    if (family_of(*type_k) == nullptr && family_of(*type_v) == nullptr) {
+        return true;
     }
-    if (hparams.is_mla()) {
-        head_dim_v = head_dim_k = std::gcd(head_dim_k, head_dim_v);  // V is a view of K: one type for both
+    if (hparams.is_mla() || model->arch == LLM_ARCH_DEEPSEEK4) {
+        LLAMA_LOG_ERROR("turbokv: this model caches a latent vector (MLA), which llama.cpp does not rotate; "
+                        "use q8_0, f16 or bf16 for K and V\n");
+        return false;
+    }
+    uint32_t head_dim_k = 0;
+    uint32_t head_dim_v = 0;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (hparams.has_kv(il)) {
+            head_dim_k = std::gcd(head_dim_k, hparams.n_embd_head_k(il));
+            head_dim_v = std::gcd(head_dim_v, hparams.n_embd_head_v(il));
+        }
     }
     return resolve("K", head_dim_k, type_k) && resolve("V", head_dim_v, type_v);
 }
 
 void turbokv_check_cache(const turbokv_side & k, const turbokv_side & v) {
     bool ours = false;
-    for (const auto & side : {k, v}) {
+    for (const auto & side : { k, v }) {
         if (family_of(side.type) == nullptr) {
             continue;
         }

@@ -34,7 +34,7 @@ function(turbokv_fetch_pin result)
         message(STATUS "turbokv: fetching llama-cpp-python ${TURBOKV_PIN_VERSION} (llama.cpp ${TURBOKV_PIN_COMMIT}, 77 MB) with pip")
         file(REMOVE_RECURSE "${cache}/download")
         execute_process(
-            COMMAND "${Python3_EXECUTABLE}" -m pip download --quiet --no-deps --no-binary llama-cpp-python
+            COMMAND "${Python3_EXECUTABLE}" -m pip download --no-deps --no-binary llama-cpp-python
                     --dest "${cache}/download" "llama-cpp-python==${TURBOKV_PIN_VERSION}"
             RESULT_VARIABLE failed)
         set(fetched "${cache}/download/${TURBOKV_PIN_ARCHIVE}")
@@ -73,8 +73,11 @@ if (TURBOKV_LLAMA_SOURCE)
     get_filename_component(TURBOKV_SOURCE "${TURBOKV_LLAMA_SOURCE}" ABSOLUTE)
     set(TURBOKV_COMMIT "unknown")
     if (EXISTS "${TURBOKV_SOURCE}/.git")
-        execute_process(COMMAND git -C "${TURBOKV_SOURCE}" rev-parse HEAD
-                        OUTPUT_VARIABLE TURBOKV_COMMIT OUTPUT_STRIP_TRAILING_WHITESPACE)
+        execute_process(COMMAND git -C "${TURBOKV_SOURCE}" describe --always --abbrev=40 --exclude=* --dirty
+                        OUTPUT_VARIABLE described OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE failed)
+        if (NOT failed)
+            set(TURBOKV_COMMIT "${described}")
+        endif()
     endif()
     set(TURBOKV_BINDINGS "")
     if (EXISTS "${TURBOKV_SOURCE}/include/llama.h")
@@ -120,6 +123,18 @@ set(LLAMA_USE_PREBUILT_UI OFF CACHE BOOL "Download the web UI while building")
 set(GGML_RPC              ON  CACHE BOOL "Build rpc-server")
 set(BUILD_SHARED_LIBS     ON)
 
+foreach (backend BLAS CANN CUDA HEXAGON HIP METAL MUSA OPENCL OPENVINO SYCL VIRTGPU VULKAN WEBGPU ZDNN)
+    if (GGML_${backend})
+        message(FATAL_ERROR "turbokv: the types have CPU kernels only, and llama.cpp would abort on another backend; "
+                            "configure with -DGGML_${backend}=OFF")
+    endif()
+endforeach()
+set(GGML_METAL OFF CACHE BOOL "No Metal kernels yet")
+if (UNIX AND NOT APPLE)
+    # DT_RPATH: a llama.cpp in the user's LD_LIBRARY_PATH must not be loaded instead of ours
+    add_link_options(-Wl,--disable-new-dtags)
+endif()
+
 include_directories(${PROJECT_SOURCE_DIR}/ggml-ext ${PROJECT_SOURCE_DIR}/ggml-ext/generated)
 add_subdirectory(${TURBOKV_LLAMA_DIR} ${CMAKE_BINARY_DIR}/llama.cpp-build EXCLUDE_FROM_ALL)
 
@@ -135,6 +150,12 @@ set(TURBOKV_LIBRARIES
     ggml-base ggml-cpu ggml-rpc ggml llama llama-common mtmd
     llama-server-impl llama-cli-impl llama-bench-impl llama-perplexity-impl llama-quantize-impl)
 # No versioned names: a wheel would carry each library three times.
+foreach (target ${TURBOKV_TOOLS} ${TURBOKV_LIBRARIES})
+    if (NOT TARGET ${target})
+        message(FATAL_ERROR "turbokv: ${TURBOKV_SOURCE} does not build ${target}: it is older or newer than the overlay "
+                            "knows. Use a tree nearer to ${TURBOKV_PIN_COMMIT}, or correct ggml-ext/upstream.cmake")
+    endif()
+endforeach()
 set_property(TARGET ${TURBOKV_LIBRARIES} PROPERTY VERSION)
 set_property(TARGET ${TURBOKV_LIBRARIES} PROPERTY SOVERSION)
 # Nor headers: the wheel is no development package.
@@ -161,10 +182,15 @@ if (TURBOKV_BINDINGS)
 endif()
 configure_file(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-build.json.in ${CMAKE_BINARY_DIR}/bin/turbokv-build.json @ONLY)
 
-install(TARGETS ${TURBOKV_TOOLS} ${TURBOKV_LIBRARIES} RUNTIME DESTINATION . LIBRARY DESTINATION . COMPONENT turbokv)
+install(TARGETS ${TURBOKV_TOOLS} ${TURBOKV_LIBRARIES}
+        RUNTIME DESTINATION . COMPONENT turbokv
+        LIBRARY DESTINATION . COMPONENT turbokv)
 install(FILES ${CMAKE_BINARY_DIR}/bin/turbokv-build.json DESTINATION . COMPONENT turbokv)
-install(FILES ${TURBOKV_LLAMA_DIR}/LICENSE DESTINATION . RENAME LICENSE.llama.cpp COMPONENT turbokv)
+install(FILES ${TURBOKV_LLAMA_DIR}/LICENSE DESTINATION licenses RENAME llama.cpp COMPONENT turbokv)
+# Libraries inside llama.cpp: licence files of their own, and licence texts at the end of single headers.
+file(GLOB vendored ${TURBOKV_LLAMA_DIR}/licenses/LICENSE-*)
+install(FILES ${vendored} DESTINATION licenses COMPONENT turbokv)
 if (TURBOKV_BINDINGS)
     install(DIRECTORY ${CMAKE_BINARY_DIR}/bin/bindings DESTINATION . COMPONENT turbokv FILES_MATCHING PATTERN "*.py")
-    install(FILES ${sdist}/LICENSE.md DESTINATION bindings RENAME LICENSE.llama-cpp-python COMPONENT turbokv)
+    install(FILES ${sdist}/LICENSE.md DESTINATION licenses RENAME llama-cpp-python COMPONENT turbokv)
 endif()

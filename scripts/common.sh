@@ -22,7 +22,7 @@ need_packages() {
     fi
     say "$why: installing $*"
     "${sudo[@]}" apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -y -qq --no-install-recommends "$@" >/dev/null ||
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null ||
         fail "apt-get could not install $*; its message is above"
 }
 
@@ -37,16 +37,17 @@ setup_system() {
     local free_mb
     free_mb=$(df -Pm . | awk 'NR == 2 { print $4 }')
     [ "$free_mb" -ge 1500 ] || [ -f build/build.ninja ] ||
-        fail "a build takes 1.5 GB, and only $free_mb MB are free in $PWD. Free some space and run this again"
+        fail "build/ and .venv/ take up to 1.5 GB, and only $free_mb MB are free in $PWD. Free some space and run this again"
 }
 
-# setup_venv EXTRAS: .venv with our package (editable) and its dependencies; skipped while pyproject.toml is unchanged.
+# setup_venv EXTRAS: .venv with our package (editable) and its dependencies. Skipped while nothing it depends on has
+# changed: pyproject.toml, the Python, and the place, which an environment cannot be moved from.
 setup_venv() {
     local stamp
-    stamp=.venv/turbokv-$(cat pyproject.toml <(echo "$1") | sha256sum | cut -c1-16)
+    stamp=.venv/turbokv-$({ cat pyproject.toml; echo "$1 $PWD"; python3 --version; } | sha256sum | cut -c1-16)
     [ -f "$stamp" ] && return
     say "Python environment in .venv"
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv
     local tools=(scikit-build-core)
     command -v cmake >/dev/null || tools+=(cmake)
     command -v ninja >/dev/null || tools+=(ninja)
@@ -61,13 +62,15 @@ setup_venv() {
 export OMP_WAIT_POLICY=passive
 
 # setup_build TARGET: configures and builds in build/. With ccache, which llama.cpp's build uses when it finds it,
-# objects are shared between clones.
+# objects are shared between clones. TURBOKV_LLAMA_SOURCE in the environment builds on that tree.
 setup_build() {
     export PATH="$PWD/.venv/bin:$PATH" CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
     say "Building llama.cpp with the turbokv types in build/ (about 15 CPU-minutes the first time)"
-    cmake -S . -B build -G Ninja -DPython3_EXECUTABLE="$PWD/.venv/bin/python" >build-configure.log 2>&1 ||
-        { cat build-configure.log >&2; rm -f build-configure.log; fail "the build could not be configured; the reason is above"; }
-    grep 'turbokv:' build-configure.log || true
-    rm -f build-configure.log
+    mkdir -p build
+    if ! cmake -S . -B build -G Ninja -DPython3_EXECUTABLE="$PWD/.venv/bin/python" \
+            -DTURBOKV_LLAMA_SOURCE="${TURBOKV_LLAMA_SOURCE:-}" 2>&1 | tee build/configure.log | grep --line-buffered turbokv:; then
+        cat build/configure.log >&2
+        fail "the build could not be configured; the reason is above (a build/ of another generator: delete it)"
+    fi
     cmake --build build --target "$1" || fail "the build failed; the first error above is the cause"
 }

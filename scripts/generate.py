@@ -124,7 +124,7 @@ def families() -> str:
     out = [BANNER]
     for family in FAMILIES:
         small = enum_name(BY_NAME[family + "_64"])
-        out.append(f'{{ "{family}", {enum_name(BY_NAME[family])}, {small} }},\n')
+        out.append(f"{{ {enum_name(BY_NAME[family])}, {small} }},\n")
     return "".join(out)
 
 

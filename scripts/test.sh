@@ -10,9 +10,10 @@ setup_build all
 
 say "Generated files, formats, types"
 python scripts/generate.py --check
-ruff check . && ruff format --check .
+ruff check .
+ruff format --check .
 mypy
-git ls-files '*.c' '*.h' '*.cpp' | grep -v '^ggml-ext/generated/' | xargs clang-format --dry-run --Werror
+find ggml-ext tests/c -name generated -prune -o -name '*.[ch]' -print -o -name '*.cpp' -print | xargs clang-format --dry-run --Werror
 
 failed=0
 say "C tests"

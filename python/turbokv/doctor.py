@@ -86,13 +86,20 @@ def findings() -> Iterator[Finding]:
     for hook in hooks:
         yield Finding(f"  {hook['name']}", f"{hook['file']}: {hook['why']}")
     yield Finding("CPU", f"{_cpu()}, {platform.machine()}")
+    if info["bindings"]:
+        yield from _library()
+    else:
+        yield Finding("bindings", "none: this llama.cpp has another llama.h, so ppl and kld refuse; the tools work")
+    for name in TOOLS:
+        yield _tool_works(name)
+    for path in (data.MINI, data.BIAS, data.SAMPLE):
+        yield Finding(path.name, str(path), path.is_file())
+
+
+def _library() -> Iterator[Finding]:
     try:
         yield Finding("libllama", str(Path(native.llama()._lib._name)), True)
         yield Finding("CPU features", _features())
         yield _types_registered()
     except TurbokvError as error:
         yield Finding("libllama", str(error), False)
-    for name in TOOLS:
-        yield _tool_works(name)
-    for path in (data.MINI, data.BIAS, data.SAMPLE):
-        yield Finding(path.name, str(path), path.is_file())

@@ -145,13 +145,14 @@ class Model(Closing):
 class Context(Closing):
     """One sequence of up to n_ctx tokens with a given cache. Use as a context manager."""
 
-    def __init__(self, model: Model, pair: CachePair, n_ctx: int, n_threads: int, n_ubatch: int = MAX_UBATCH) -> None:
+    def __init__(self, model: Model, pair: CachePair, n_ctx: int, n_threads: int) -> None:
         self.model = model
         self._lib = native.llama()
         params = self._lib.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = min(n_ctx, MAX_BATCH)
-        params.n_ubatch = min(params.n_batch, n_ubatch)
+        params.n_ubatch = min(params.n_batch, MAX_UBATCH)
+        params.swa_full = False  # as in llama.cpp's tools: layers with a sliding window cache the window only
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_ids()[pair.k], type_ids()[pair.v]
         interrupts.check()

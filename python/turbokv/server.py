@@ -16,6 +16,8 @@ from turbokv import native
 from turbokv.closing import Closing
 from turbokv.errors import TurbokvError
 
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback: never through a proxy
+
 START_TIMEOUT = 120  # seconds until the model must be loaded
 REQUEST_TIMEOUT = 300
 
@@ -67,7 +69,7 @@ class Server(Closing):
                     f"llama-server ended with status {self._process.returncode} before it answered:\n{tail}"
                 )
             try:
-                with urllib.request.urlopen(self.url + "/health", timeout=5):
+                with _direct.open(self.url + "/health", timeout=5):
                     return
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.1)  # not listening yet, or 503 while the model loads
@@ -77,7 +79,7 @@ class Server(Closing):
         """Sends a JSON request, e.g. to /completion, and returns the JSON reply."""
         body = json.dumps(request).encode()
         post = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(post, timeout=REQUEST_TIMEOUT) as response:
+        with _direct.open(post, timeout=REQUEST_TIMEOUT) as response:
             reply: dict[str, Any] = json.load(response)
             return reply
 

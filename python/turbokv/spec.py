@@ -99,14 +99,4 @@ TYPES: tuple[KVType, ...] = (
 )
 
 BY_NAME = {kv_type.name: kv_type for kv_type in TYPES}
-BY_ID = {kv_type.type_id: kv_type for kv_type in TYPES}
 FAMILIES = tuple(dict.fromkeys(kv_type.family for kv_type in TYPES))
-
-
-def resolve(family: str, head_dim: int) -> KVType | None:
-    """The type that serves `family` at this head size: the 128-block where it divides, else the 64-block, else None."""
-    for suffix in ("", "_64"):
-        kv_type = BY_NAME.get(family + suffix)
-        if kv_type is not None and head_dim % kv_type.block == 0:
-            return kv_type
-    return None

@@ -2,10 +2,10 @@
 
 #pragma once
 
-#include "ggml.h"
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
 #include "ggml-cpp.h"
+#include "ggml-cpu.h"
+#include "ggml.h"
 
 #include <algorithm>
 #include <cmath>
@@ -22,7 +22,7 @@ static const ggml_type our_types[] = {
 
 static std::mt19937 rng(42);
 static int          n_failures = 0;
-static std::string  current; // what ggml was asked for when it aborts
+static std::string  current;  // what ggml was asked for when it aborts
 
 static std::string format(const char * fmt, ...) {
     char    text[512];
@@ -45,10 +45,10 @@ struct tally {
 
     void add(double nmse, const std::string & what) {
         n_cases++;
-        if (!(nmse <= limit)) { // also when it is NaN
+        if (!(nmse <= limit)) {  // also when it is NaN
             n_failures++;
-            const std::string how = limit == 0.0 ? "bytes differ from the reference codec's"
-                                                 : format("NMSE %g, limit %g", nmse, limit);
+            const std::string how =
+                limit == 0.0 ? "bytes differ from the reference codec's" : format("NMSE %g, limit %g", nmse, limit);
             fprintf(stderr, "FAIL %s %s: %s\n", op, what.c_str(), how.c_str());
         }
         if (!(nmse <= worst)) {
@@ -105,8 +105,8 @@ static std::vector<float> decode(ggml_type type, const void * row, int64_t n) {
 
 // A graph of a few tensors on the CPU backend. Three threads: their shares of the work are uneven.
 struct graph {
-    ggml_backend_ptr        backend { ggml_backend_cpu_init() };
-    ggml_context_ptr        ctx { ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
+    ggml_backend_ptr        backend{ ggml_backend_cpu_init() };
+    ggml_context_ptr        ctx{ ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
     ggml_backend_buffer_ptr buffer;
 
     graph() { ggml_backend_cpu_set_n_threads(backend.get(), 3); }
@@ -129,12 +129,14 @@ struct graph {
     }
 };
 
-template <typename T> static void set(ggml_tensor * t, const std::vector<T> & values) {
+template <typename T>
+static void set(ggml_tensor * t, const std::vector<T> & values) {
     GGML_ASSERT(values.size() * sizeof(T) == ggml_nbytes(t));
     ggml_backend_tensor_set(t, values.data(), 0, ggml_nbytes(t));
 }
 
-template <typename T> static std::vector<T> get(const ggml_tensor * t) {
+template <typename T>
+static std::vector<T> get(const ggml_tensor * t) {
     std::vector<T> values(ggml_nbytes(t) / sizeof(T));
     ggml_backend_tensor_get(t, values.data(), 0, ggml_nbytes(t));
     return values;
@@ -144,7 +146,7 @@ template <typename T> static std::vector<T> get(const ggml_tensor * t) {
 // the used ones. Those hold bytes that decode to NaN, so that reading them shows.
 struct cache {
     int64_t       head, n_head, n_kv, n_stream;
-    int64_t       size; // cells per stream
+    int64_t       size;  // cells per stream
     ggml_tensor * store;
 
     cache(graph & g, ggml_type type, int64_t head, int64_t n_head, int64_t n_kv, int64_t n_stream)

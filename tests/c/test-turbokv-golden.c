@@ -16,27 +16,31 @@
 #include <string.h>
 
 #define MAX_BLOCK   128
-#define MAX_REPORTS 8 // per type: one wrong table entry breaks thousands of values
+#define MAX_REPORTS 8  // per type: one wrong table entry breaks thousands of values
 
 struct codec {
     const char *   name;
     enum ggml_type type;
     int            block;
     size_t         size;
-    size_t         d_offset;     // of the fp16 scale in the block
-    double         relative_mse; // on N(0, 1), as in python/turbokv/spec.py
+    size_t         d_offset;      // of the fp16 scale in the block
+    double         relative_mse;  // on N(0, 1), as in python/turbokv/spec.py
     void (*quantize)(const float * x, void * y, int64_t k);
     void (*dequantize)(const void * x, float * y, int64_t k);
 };
 
 // Typed wrappers: a call through a cast function pointer is what UBSan's function check reports.
 #define DEFINE_CALLS(name)                                                                                             \
-    static void quantize_##name(const float * x, void * y, int64_t k) { quantize_row_##name##_ref(x, y, k); }          \
-    static void dequantize_##name(const void * x, float * y, int64_t k) { dequantize_row_##name(x, y, k); }
+    static void quantize_##name(const float * x, void * y, int64_t k) {                                                \
+        quantize_row_##name##_ref(x, y, k);                                                                            \
+    }                                                                                                                  \
+    static void dequantize_##name(const void * x, float * y, int64_t k) {                                              \
+        dequantize_row_##name(x, y, k);                                                                                \
+    }
 
 #define CODEC(name, NAME, mse)                                                                                         \
-    { #name, GGML_TYPE_##NAME, QK_##NAME, sizeof(block_##name), offsetof(block_##name, d), mse,                        \
-      quantize_##name, dequantize_##name }
+    { #name, GGML_TYPE_##NAME, QK_##NAME,        sizeof(block_##name), offsetof(block_##name, d),                      \
+      mse,   quantize_##name,  dequantize_##name }
 
 DEFINE_CALLS(turbo3)
 DEFINE_CALLS(turbo3_64)
@@ -44,9 +48,9 @@ DEFINE_CALLS(turbo4)
 DEFINE_CALLS(turbo4_64)
 
 static const struct codec codecs[] = {
-    CODEC(turbo3,    TURBO3,    0.0339),
+    CODEC(turbo3, TURBO3, 0.0339),
     CODEC(turbo3_64, TURBO3_64, 0.0328),
-    CODEC(turbo4,    TURBO4,    0.0092),
+    CODEC(turbo4, TURBO4, 0.0092),
     CODEC(turbo4_64, TURBO4_64, 0.0089),
 };
 
@@ -58,7 +62,7 @@ static const enum ggml_type all_types[] = {
 #define N_CODECS ((int) (sizeof(codecs) / sizeof(codecs[0])))
 #define N_TYPES  ((int) (sizeof(all_types) / sizeof(all_types[0])))
 
-static int n_failures = 0; // of the current codec
+static int n_failures = 0;  // of the current codec
 
 static void fail(const struct codec * c, const char * format, ...) {
     if (++n_failures > MAX_REPORTS) {
@@ -96,14 +100,14 @@ static uint64_t random_state = 0;
 
 static uint64_t random_u64(void) {
     uint64_t z = random_state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    z          = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z          = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
 }
 
-static void random_gaussian(float * x, int n) { // Box-Muller, n even
+static void random_gaussian(float * x, int n) {  // Box-Muller, n even
     for (int j = 0; j < n; j += 2) {
-        const double u = ((double) (random_u64() >> 11) + 1.0) * 0x1p-53; // in (0, 1]
+        const double u = ((double) (random_u64() >> 11) + 1.0) * 0x1p-53;  // in (0, 1]
         const double v = (double) (random_u64() >> 11) * 0x1p-53;
         const double r = sqrt(-2.0 * log(u));
         x[j]           = (float) (r * cos(6.283185307179586 * v));
@@ -121,13 +125,14 @@ static void check_golden(const struct codec * c, const char * folder) {
     }
 
     char     magic[4]  = { 0 };
-    uint32_t header[5] = { 0 }; // version, type id, block, block bytes, blocks; the file is little-endian
+    uint32_t header[5] = { 0 };  // version, type id, block, block bytes, blocks; the file is little-endian
     size_t   n_read    = fread(magic, sizeof(magic), 1, file) + fread(header, sizeof(header), 1, file);
     if (n_read != 2 || memcmp(magic, "TKVG", 4) != 0 || header[0] != 1 || header[4] == 0 ||
         header[1] != (uint32_t) c->type || header[2] != (uint32_t) c->block || header[3] != c->size) {
-        fail(c, "header of %s: version %u, id %u, block %u, %u bytes, %u blocks; compiled: version 1, id %d, block %d, "
-                "%zu bytes. Regenerate with scripts/generate.py", path, header[0], header[1], header[2], header[3],
-                header[4], (int) c->type, c->block, c->size);
+        fail(c,
+             "header of %s: version %u, id %u, block %u, %u bytes, %u blocks; compiled: version 1, id %d, block %d, "
+             "%zu bytes. Regenerate with scripts/generate.py",
+             path, header[0], header[1], header[2], header[3], header[4], (int) c->type, c->block, c->size);
         fclose(file);
         return;
     }
@@ -148,15 +153,19 @@ static void check_golden(const struct codec * c, const char * folder) {
         c->quantize(x, q, c->block);
         for (size_t b = 0; b < c->size; ++b) {
             if (q[b] != q_saved[b]) {
-                fail(c, "block %u, byte %zu%s: encoded 0x%02x, golden 0x%02x; if the layout was meant to change: "
-                        "scripts/generate.py", i, b, b >= c->d_offset ? " (scale)" : "", q[b], q_saved[b]);
+                fail(c,
+                     "block %u, byte %zu%s: encoded 0x%02x, golden 0x%02x; if the layout was meant to change: "
+                     "scripts/generate.py",
+                     i, b, b >= c->d_offset ? " (scale)" : "", q[b], q_saved[b]);
             }
         }
         c->dequantize((const void *) q_saved, y, c->block);
         for (int j = 0; j < c->block; ++j) {
             if (!same_float(y[j], y_saved[j])) {
-                fail(c, "block %u, value %d: decoded %.9g, golden %.9g; if the codebook was meant to change: "
-                        "scripts/generate.py", i, j, y[j], y_saved[j]);
+                fail(c,
+                     "block %u, value %d: decoded %.9g, golden %.9g; if the codebook was meant to change: "
+                     "scripts/generate.py",
+                     i, j, y[j], y_saved[j]);
             }
         }
     }
@@ -254,12 +263,12 @@ static void check_zero_bytes(const struct codec * c) {
 
 // Scaling by a power of two only moves the exponent of the scale; the norm survives up to the rounding of the scale.
 static void check_scale_and_norm(const struct codec * c) {
-    const double half_ulp = 0x1p-11 + 1e-6; // of a normal fp16, and float32 products
+    const double half_ulp = 0x1p-11 + 1e-6;  // of a normal fp16, and float32 products
     float        x[MAX_BLOCK], x_scaled[MAX_BLOCK], y[MAX_BLOCK], y_scaled[MAX_BLOCK];
     uint8_t *    q        = allocate(c->size);
     uint8_t *    q_scaled = allocate(c->size);
     for (int i = 0; i < 200; ++i) {
-        const int exponent = i % 25 - 12; // the scale stays a normal fp16
+        const int exponent = i % 25 - 12;  // the scale stays a normal fp16
         random_gaussian(x, c->block);
         double norm_x = 0.0;
         double norm_y = 0.0;

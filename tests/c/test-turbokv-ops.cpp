@@ -15,8 +15,8 @@ static void test_quantize_chunk(ggml_type type, tally & t) {
     const std::vector<uint8_t> ref   = encode(type, x, row);
     const size_t               bytes = ggml_row_size(type, row);
     std::vector<uint8_t>       q(ref.size(), 0xa5);
-    current = format("ggml_quantize_chunk to %s", ggml_type_name(type));
-    size_t written = ggml_quantize_chunk(type, x.data(), q.data(), 2 * row, 3, row, nullptr); // from the third row on
+    current         = format("ggml_quantize_chunk to %s", ggml_type_name(type));
+    size_t written  = ggml_quantize_chunk(type, x.data(), q.data(), 2 * row, 3, row, nullptr);  // from the third row on
     const bool kept = written == 3 * bytes && q[2 * bytes - 1] == 0xa5;
     t.add(kept ? differs(q.data() + 2 * bytes, ref.data() + 2 * bytes, 3 * bytes) : INFINITY,
           format("%s, rows 2-4", ggml_type_name(type)));
@@ -34,30 +34,31 @@ static void test_get_rows(ggml_type type, tally & t) {
     const std::vector<uint8_t> q = encode(type, gaussian(row * n_rows * n_planes), row);
     std::vector<int32_t>       i(n_ids * n_planes);
     for (size_t j = 0; j < i.size(); ++j) {
-        i[j] = (5 * j + j / n_ids) % n_rows; // neither in order nor the same in all planes
+        i[j] = (5 * j + j / n_ids) % n_rows;  // neither in order nor the same in all planes
     }
-    i[1] = i[0]; // a row may be asked for twice
+    i[1] = i[0];  // a row may be asked for twice
     set(src, q);
     set(ids, i);
     g.compute(out);
-    const std::vector<float> y = get<float>(out);
+    const std::vector<float> y     = get<float>(out);
     double                   worst = 0.0;
     for (size_t j = 0; j < i.size(); ++j) {
         const std::vector<float> ref = decode(type, q.data() + (j / n_ids * n_rows + i[j]) * src->nb[1], row);
-        worst = std::max(worst, differs(ref.data(), y.data() + j * row, row * sizeof(float)));
+        worst                        = std::max(worst, differs(ref.data(), y.data() + j * row, row * sizeof(float)));
     }
     t.add(worst, ggml_type_name(type));
 }
 
-template <typename id_t> static void test_set_rows(ggml_type type, ggml_type src_type, tally & t) {
+template <typename id_t>
+static void test_set_rows(ggml_type type, ggml_type src_type, tally & t) {
     const ggml_type id_type = std::is_same<id_t, int64_t>::value ? GGML_TYPE_I64 : GGML_TYPE_I32;
     const int64_t   row = 2 * ggml_blck_size(type), n_rows = 13, n_planes = 3, n_ids = 7;
     graph           g;
-    ggml_tensor *   dst = g.tensor(type, row, n_rows, n_planes);
-    ggml_tensor *   src = g.tensor(src_type, 2 * row, n_ids, n_planes);
-    ggml_tensor *   ids = g.tensor(id_type, n_ids, n_planes);
+    ggml_tensor *   dst  = g.tensor(type, row, n_rows, n_planes);
+    ggml_tensor *   src  = g.tensor(src_type, 2 * row, n_ids, n_planes);
+    ggml_tensor *   ids  = g.tensor(id_type, n_ids, n_planes);
     ggml_tensor *   part = ggml_view_3d(g.ctx.get(), src, row, n_ids, n_planes, src->nb[1], src->nb[2], 0);
-    ggml_tensor *   out  = ggml_set_rows(g.ctx.get(), dst, part, ids); // rows with a gap after each, as a fused QKV has
+    ggml_tensor *   out = ggml_set_rows(g.ctx.get(), dst, part, ids);  // rows with a gap after each, as a fused QKV has
     g.allocate();
 
     std::vector<float> x = gaussian(ggml_nelements(src));
@@ -69,7 +70,7 @@ template <typename id_t> static void test_set_rows(ggml_type type, ggml_type src
     } else {
         set(src, x);
     }
-    std::vector<uint8_t> bytes(ggml_nbytes(dst), 0xa5); // rows that are not written keep this
+    std::vector<uint8_t> bytes(ggml_nbytes(dst), 0xa5);  // rows that are not written keep this
     set(dst, bytes);
     std::vector<id_t> i(n_ids * n_planes);
     for (int64_t j = 0; j < n_ids * n_planes; ++j) {
@@ -97,7 +98,7 @@ static void test_cpy(ggml_type type, tally & t) {
         g.compute(out);
         t.add(differs(get<uint8_t>(dst).data(), ref.data(), ref.size()), format("f32 -> %s", ggml_type_name(type)));
     }
-    for (int64_t n_stream : { 1, 3 }) { // a permuted cache view to contiguous f32
+    for (int64_t n_stream : { 1, 3 }) {  // a permuted cache view to contiguous f32
         graph         g;
         cache         k(g, type, row, 2, n_rows, n_stream);
         ggml_tensor * dst = g.tensor(GGML_TYPE_F32, row, n_rows, 2, n_stream);
@@ -105,8 +106,8 @@ static void test_cpy(ggml_type type, tally & t) {
         g.allocate();
         k.fill();
         g.compute(out);
-        const std::vector<float> x = k.decoded();
-        const std::vector<float> y = get<float>(dst);
+        const std::vector<float> x     = k.decoded();
+        const std::vector<float> y     = get<float>(dst);
         double                   worst = 0.0;
         for (int64_t r = 0; r < n_rows * 2 * n_stream; ++r) {
             const int64_t i = r % n_rows, h = r / n_rows % 2, s = r / n_rows / 2;
@@ -133,7 +134,7 @@ static void test_mul_mat(ggml_type type, int64_t head, int64_t gqa, int64_t n_ba
     std::vector<double> ref(ggml_nelements(out));
     for (size_t r = 0; r < ref.size(); ++r) {
         const int64_t i = r % n_kv, b = r / n_kv % n_batch, h = r / n_kv / n_batch % (n_head * gqa);
-        const int64_t s = r / n_kv / n_batch / (n_head * gqa);
+        const int64_t s  = r / n_kv / n_batch / (n_head * gqa);
         const float * kr = &kd[((s * n_kv + i) * n_head + h / gqa) * head];
         const float * qr = &x[((s * n_head * gqa + h) * n_batch + b) * head];
         for (int64_t j = 0; j < head; ++j) {
@@ -151,14 +152,14 @@ struct attention_case {
 
 static void test_flash_attn(const attention_case & c, tally & t) {
     const int64_t n_head_kv = 2, n_head = n_head_kv * c.gqa;
-    const float   scale     = 1.0f / sqrtf(c.head);
+    const float   scale = 1.0f / sqrtf(c.head);
     graph         g;
     cache         k(g, c.type_k, c.head, n_head_kv, c.n_kv, c.n_stream);
     cache         v(g, c.type_v, c.head, n_head_kv, c.n_kv, c.n_stream);
     ggml_tensor * q    = g.tensor(GGML_TYPE_F32, c.head, n_head, c.n_batch, c.n_stream);
     ggml_tensor * mask = g.tensor(GGML_TYPE_F16, c.n_kv, c.n_batch, 1, c.n_stream);
-    ggml_tensor * out  = ggml_flash_attn_ext(g.ctx.get(), ggml_permute(g.ctx.get(), q, 0, 2, 1, 3), k.view(g),
-                                             v.view(g), mask, scale, 0.0f, 0.0f);
+    ggml_tensor * out = ggml_flash_attn_ext(g.ctx.get(), ggml_permute(g.ctx.get(), q, 0, 2, 1, 3), k.view(g), v.view(g),
+                                            mask, scale, 0.0f, 0.0f);
     g.allocate();
     k.fill();
     v.fill();
@@ -166,7 +167,7 @@ static void test_flash_attn(const attention_case & c, tally & t) {
     set(q, x);
 
     // Causal; every stream is shorter than the one before it, so that no stream can stand in for another.
-    const auto n_visible = [&](int64_t b, int64_t s) { return c.n_kv - c.n_batch + 1 + b - 5 * s; };
+    const auto               n_visible = [&](int64_t b, int64_t s) { return c.n_kv - c.n_batch + 1 + b - 5 * s; };
     std::vector<ggml_fp16_t> m(ggml_nelements(mask));
     for (size_t r = 0; r < m.size(); ++r) {
         const int64_t i = r % c.n_kv, b = r / c.n_kv % c.n_batch, s = r / c.n_kv / c.n_batch;
@@ -177,7 +178,7 @@ static void test_flash_attn(const attention_case & c, tally & t) {
 
     const std::vector<float> kd = k.decoded();
     const std::vector<float> vd = v.decoded();
-    std::vector<double>      ref(ggml_nelements(out)); // [n_stream][n_batch][n_head][head], as q
+    std::vector<double>      ref(ggml_nelements(out));  // [n_stream][n_batch][n_head][head], as q
     for (int64_t r = 0; r < n_head * c.n_batch * c.n_stream; ++r) {
         const int64_t       h = r % n_head / c.gqa, b = r / n_head % c.n_batch, s = r / n_head / c.n_batch;
         std::vector<double> score(n_visible(b, s));
@@ -201,13 +202,14 @@ static void test_flash_attn(const attention_case & c, tally & t) {
             }
         }
     }
-    t.add(nmse(get<float>(out), ref), format("%s/%s, head %d, gqa %d, batch %d, %d streams, %d cells",
-                                             ggml_type_name(c.type_k), ggml_type_name(c.type_v), (int) c.head,
-                                             (int) c.gqa, (int) c.n_batch, (int) c.n_stream, (int) c.n_kv));
+    t.add(nmse(get<float>(out), ref),
+          format("%s/%s, head %d, gqa %d, batch %d, %d streams, %d cells", ggml_type_name(c.type_k),
+                 ggml_type_name(c.type_v), (int) c.head, (int) c.gqa, (int) c.n_batch, (int) c.n_stream, (int) c.n_kv));
 }
 
 // Calls f(head, gqa, n_batch, n_stream) for every shape.
-template <typename F> static void for_each_shape(F f) {
+template <typename F>
+static void for_each_shape(F f) {
     for (int64_t head : { 64, 128, 256 }) {
         for (int64_t gqa : { 1, 4 }) {
             for (int64_t n_batch : { 1, 7 }) {
@@ -261,7 +263,7 @@ int main() {
     for (const auto & pair : pairs()) {
         for_each_shape([&](int64_t head, int64_t gqa, int64_t n_batch, int64_t n_stream) {
             if (head % ggml_blck_size(pair.first) == 0 && head % ggml_blck_size(pair.second) == 0) {
-                const int64_t n_kv = n_batch == 1 ? 517 : 83; // no multiple of any tile
+                const int64_t n_kv = n_batch == 1 ? 517 : 83;  // no multiple of any tile
                 test_flash_attn({ pair.first, pair.second, head, gqa, n_batch, n_stream, n_kv }, attention);
             }
         });

@@ -1,7 +1,7 @@
 // What ggml and its CPU backend know about our types: ids, names, sizes, conversions and vec_dot.
 
-#include "ggml.h"
 #include "ggml-cpu.h"
+#include "ggml.h"
 
 #include <algorithm>
 #include <cmath>
@@ -19,14 +19,14 @@ struct expected {
     int          id;
     int64_t      block;
     size_t       size;
-    double       bits; // per value
+    double       bits;  // per value
 };
 
 static const expected types[] = {
-    { "turbo3",    GGML_TYPE_TURBO3,    226, 128, 50, 3.125 },
-    { "turbo3_64", GGML_TYPE_TURBO3_64, 227,  64, 26, 3.25  },
-    { "turbo4",    GGML_TYPE_TURBO4,    228, 128, 66, 4.125 },
-    { "turbo4_64", GGML_TYPE_TURBO4_64, 229,  64, 34, 4.25  },
+    { "turbo3", GGML_TYPE_TURBO3, 226, 128, 50, 3.125 },
+    { "turbo3_64", GGML_TYPE_TURBO3_64, 227, 64, 26, 3.25 },
+    { "turbo4", GGML_TYPE_TURBO4, 228, 128, 66, 4.125 },
+    { "turbo4_64", GGML_TYPE_TURBO4_64, 229, 64, 34, 4.25 },
 };
 
 static const ggml_type all_types[] = {
@@ -71,8 +71,7 @@ static void check_ids() {
             mine = e.id == id ? &e : mine;
         }
         if (mine == nullptr) {
-            check(id < GGML_TYPE_TURBOKV_FIRST || traits->blck_size == 0, "id %d is ours but not in the table",
-                  id);
+            check(id < GGML_TYPE_TURBOKV_FIRST || traits->blck_size == 0, "id %d is ours but not in the table", id);
             check(traits->type_name == nullptr || std::string(traits->type_name).find("turbo") != 0,
                   "id %d is called %s", id, traits->type_name);
             continue;
@@ -95,7 +94,7 @@ static void check_ids() {
         check(cpu->nrows == 1, "%s: nrows is %d, but vec_dot does one row", mine->name, (int) cpu->nrows);
 
         if (traits->blck_size == 0) {
-            continue; // ggml_row_size would divide by it
+            continue;  // ggml_row_size would divide by it
         }
         for (int64_t n = mine->block; n <= 40 * mine->block; n += mine->block) {
             const size_t bytes = ggml_row_size(mine->type, n);
@@ -111,7 +110,7 @@ static void check_from_float(const expected & e) {
     std::fill(x.begin() + e.block, x.begin() + 2 * e.block, 0.0f);
     x[2 * e.block + 5] = std::numeric_limits<float>::quiet_NaN();
     x[3 * e.block + 6] = std::numeric_limits<float>::infinity();
-    x[4 * e.block + 7] = 1e30f; // beyond what an fp16 scale holds
+    x[4 * e.block + 7] = 1e30f;  // beyond what an fp16 scale holds
 
     std::vector<uint8_t> q_ref(ggml_row_size(e.type, n), 0xa5);
     std::vector<uint8_t> q(q_ref.size(), 0x5a);
@@ -133,7 +132,7 @@ static double check_vec_dot(const expected & e) {
         std::vector<float> x = gaussian(n, 2 * n);
         std::vector<float> y = gaussian(n, 2 * n + 1);
         for (int64_t i = 0; i < n; ++i) {
-            x[i] *= 1.0f + i / e.block; // no two blocks have the same scale
+            x[i] *= 1.0f + i / e.block;  // no two blocks have the same scale
             y[i] += x[i];
         }
         std::vector<uint8_t> qx(ggml_row_size(e.type, n));
@@ -162,7 +161,7 @@ static double check_vec_dot(const expected & e) {
 static void check_vec_dot_nan(const expected & e) {
     const int64_t      n = 4 * e.block;
     std::vector<float> x = gaussian(n, e.id);
-    x[2 * e.block] = std::numeric_limits<float>::infinity();
+    x[2 * e.block]       = std::numeric_limits<float>::infinity();
     std::vector<uint8_t> qx(ggml_row_size(e.type, n));
     std::vector<uint8_t> qy(ggml_row_size(GGML_TYPE_Q8_0, n));
     ggml_get_type_traits(e.type)->from_float_ref(x.data(), qx.data(), n);
@@ -176,7 +175,7 @@ int main() {
     ggml_cpu_init();
     check_ids();
     if (n_failures > 0) {
-        return 1; // the rest would call missing functions
+        return 1;  // the rest would call missing functions
     }
     for (const expected & e : types) {
         const int before = n_failures;
