@@ -31,7 +31,7 @@ apply_hooks = load_script()
 
 GGML_H = "enum ggml_type {\n    GGML_TYPE_F32 = 0,\n    GGML_TYPE_COUNT,\n};\n"
 OPS = "void get_rows(\n        int a,\n        int b) {\n    work();\n}\n\nvoid other() {\n    work_more();\n}\n"
-TREE = {"ggml/include/ggml.h": GGML_H, "src/ops.cpp": OPS, "src/plain.cpp": "int plain;\n", "README.md": "upstream\n"}
+TREE = {"ggml/include/ggml.h": GGML_H, "src/ops.cpp": OPS, "src/plain.cpp": "int plain;\n", "LICENSE": "upstream\n"}
 
 ENUM = {"name": "enum", "file": "ggml/include/ggml.h", "anchor": "GGML_TYPE_COUNT,", "before": "OURS,"}
 ROWS = {"name": "rows", "file": "src/ops.cpp", "anchor": "work_more();", "before": "first();", "after": "last();"}
@@ -114,7 +114,7 @@ def test_lines_stand_around_the_anchor_and_end_with_the_marker(overlay: Overlay)
 def test_everything_else_is_copied_as_it_is(overlay: Overlay) -> None:
     assert overlay.hook(ENUM, ROWS) == 0
     assert set(snapshot(overlay.dest)) == {*TREE, apply_hooks.STAMP}
-    for name in ("src/plain.cpp", "README.md"):
+    for name in ("src/plain.cpp", "LICENSE"):
         assert overlay.read(name) == TREE[name]
 
 

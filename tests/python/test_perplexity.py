@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import llama_perplexity
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from turbokv import cache_type, data, engine, native, perplexity
+from turbokv import cache_type, data, engine, perplexity
 from turbokv.cache_type import CachePair
 from turbokv.errors import TurbokvError
 from turbokv.perplexity import CacheRun, Measurement, Scores, score
@@ -163,22 +161,6 @@ def ours(model_path: Path) -> list[dict[str, Any]]:
     return perplexity.records(measured(model_path, "f16,q4_0"))
 
 
-def llama_perplexity(model_path: Path, *arguments: str | Path) -> str:
-    command: list[str | Path] = [native.tool("llama-perplexity"), "-m", model_path, "-f", data.SAMPLE, *arguments]
-    shape = ["-c", CTX, "-b", CTX, "--chunks", WINDOWS, "-t", engine.default_threads()]  # a window per batch, as ours
-    run = subprocess.run(
-        [*command, *map(str, shape)], capture_output=True, text=True, timeout=300, check=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
-    )  # fmt: skip
-    return run.stdout + run.stderr
-
-
-def number(pattern: str, text: str) -> float:
-    found = re.search(pattern + r"\s*([\d.]+)", text)
-    assert found, f"no '{pattern}' in: {text[-2000:]}"
-    return float(found[1])
-
-
 def test_f16_diverges_from_f16_by_exactly_zero(ours: list[dict[str, Any]]) -> None:
     f16 = ours[0]
     assert f16["kld"]["mean"] == f16["kld"]["max"] == 0.0
@@ -189,16 +171,16 @@ def test_f16_diverges_from_f16_by_exactly_zero(ours: list[dict[str, Any]]) -> No
 def test_llama_perplexity_gives_the_same_numbers(model_path: Path, ours: list[dict[str, Any]], tmp_path: Path) -> None:
     f16, q4_0 = ours
     base = tmp_path / "base.kld"
-    plain = llama_perplexity(model_path, "--save-all-logits", base)
-    assert f16["ppl"] == pytest.approx(number("Final estimate: PPL =", plain), rel=5e-4)
-    compared = llama_perplexity(
-        model_path, "--kl-divergence", "--kl-divergence-base", base, "-ctk", "q4_0", "-ctv", "q4_0"
+    plain = llama_perplexity.perplexity(model_path, data.SAMPLE, CTX, WINDOWS, "--save-all-logits", base)
+    assert f16["ppl"] == pytest.approx(plain, rel=5e-4)
+    ppl, kld, compared = llama_perplexity.divergence(
+        model_path, data.SAMPLE, CTX, WINDOWS, base, "-ctk", "q4_0", "-ctv", "q4_0"
     )
-    assert q4_0["ppl"] == pytest.approx(number(r"Mean PPL\(Q\)\s*:", compared), rel=5e-4)
-    assert q4_0["kld"]["mean"] == pytest.approx(number(r"Mean\s+KLD:", compared), rel=0.01)
-    assert q4_0["kld"]["median"] == pytest.approx(number(r"Median\s+KLD:", compared), rel=0.01)
+    assert q4_0["ppl"] == pytest.approx(ppl, rel=5e-4)
+    assert q4_0["kld"]["mean"] == pytest.approx(kld, rel=0.01)
+    assert q4_0["kld"]["median"] == pytest.approx(llama_perplexity.number(r"Median\s+KLD:", compared), rel=0.01)
     # its base has 16-bit log probabilities, in which a few near ties fall together
-    assert 100 * q4_0["same_top"] == pytest.approx(number("Same top p:", compared), abs=1)
+    assert 100 * q4_0["same_top"] == pytest.approx(llama_perplexity.number("Same top p:", compared), abs=1)
 
 
 def test_several_batches_give_nearly_the_same_perplexity(

@@ -122,6 +122,41 @@ def test_unrotated_q8_0_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "attention rotation force disabled" in worked.stderr
 
 
+# --- architectures that need a word of their own; upstream's own test writes random models of all of them
+
+
+@pytest.fixture(scope="session")
+def architectures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("architectures")
+    run([native.tool("test-llama-archs"), "-o", folder]).check_returncode()
+    return folder
+
+
+def finite_logits(path: Path, name: str) -> bool:
+    with Model(path) as model, Context(model, CachePair(name, name), 64, 1) as context:
+        return all(np.isfinite(logits).all() for logits in context.logits(np.arange(1, 33, dtype=np.int32), first=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("deepseek2-moe", "latent vector"),  # MLA: upstream stores K unrotated although its flag says otherwise
+        ("deepseek4-moe", "latent vector"),
+        ("lfm2-dense", "the head size differs between layers"),
+    ],
+)
+def test_architectures_without_rotation_are_refused(name: str, reason: str, architectures: Path) -> None:
+    path = architectures / f"{name}.gguf"
+    assert finite_logits(path, "q8_0")
+    with pytest.raises(TurbokvError, match=reason):
+        finite_logits(path, "turbo3")
+
+
+@pytest.mark.parametrize("name", ["mamba-dense", "gemma3-dense", "gpt-oss-moe", "falcon-h1-dense", "qwen3next-moe"])
+def test_recurrent_sliding_window_and_hybrid_models_work(name: str, architectures: Path) -> None:
+    assert finite_logits(architectures / f"{name}.gguf", "turbo3")
+
+
 # --- the block that fits the heads
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 
+import llama_perplexity
 import pytest
 from turbokv import data, native
 from turbokv.cache_type import NAMES
@@ -75,19 +76,9 @@ def test_llama_bench_refuses_an_unknown_type(option: str) -> None:
     assert f"invalid parameter for argument: {option}" in refused.stderr
 
 
-def perplexity(*arguments: str) -> float:
-    """Of the first of two windows: llama-perplexity does not flush its log, and may lose the last one's."""
-    window = f"-f {data.SAMPLE} -c 256 -b 256 --chunks 2".split()
-    measured = run("llama-perplexity", "-m", str(data.MINI), *window, *arguments)
-    assert measured.returncode == 0, measured.stderr[-2000:]
-    found = re.search(r"\[1\]([\d.]+),", measured.stdout + measured.stderr)
-    assert found, measured.stdout + measured.stderr
-    return float(found[1])
-
-
 @pytest.fixture(scope="module")
 def f16_perplexity() -> float:
-    return perplexity()
+    return llama_perplexity.perplexity(data.MINI, data.SAMPLE, 256, 2)
 
 
 @pytest.mark.parametrize(
@@ -98,4 +89,5 @@ def f16_perplexity() -> float:
     ],
 )
 def test_llama_perplexity_with_turbo3_is_near_f16(cache: str, f16_perplexity: float) -> None:
-    assert perplexity(*cache.split()) == pytest.approx(f16_perplexity, rel=0.1)
+    measured = llama_perplexity.perplexity(data.MINI, data.SAMPLE, 256, 2, *cache.split())
+    assert measured == pytest.approx(f16_perplexity, rel=0.1)
