@@ -10,7 +10,8 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 say "Building the wheel"
-.venv/bin/python -m pip wheel . --no-deps --wheel-dir "$scratch" --config-settings build-dir=build/wheel
+# build-wheel stands beside build/, so that ccache sees the same relative paths.
+.venv/bin/python -m pip wheel . --no-deps --wheel-dir "$scratch" --config-settings build-dir=build-wheel
 ls -l "$scratch"/*.whl
 
 say "Using it from an environment of its own"

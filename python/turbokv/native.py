@@ -62,7 +62,7 @@ def llama() -> ModuleType:
         raise TurbokvError(
             f"this build is on llama.cpp {build_info()['upstream_commit']}, whose llama.h is not the one that the "
             "Python bindings were written for, so ppl and kld cannot run in this process. "
-            "Build without TURBOKV_LLAMA_SOURCE, or use the bundled llama-perplexity"
+            "Build with -DTURBOKV_LLAMA_SOURCE= (empty), or use the bundled llama-perplexity"
         )
     if "llama_cpp" in sys.modules:
         raise TurbokvError("another llama_cpp is already imported in this process; use turbokv in a process of its own")
