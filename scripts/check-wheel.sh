@@ -5,7 +5,7 @@ source "$(dirname "$0")/common.sh"
 
 setup_system
 setup_venv "[dev]"
-export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
+export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1 CC=cc CXX=c++   # the compiler names of build/, for ccache
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
