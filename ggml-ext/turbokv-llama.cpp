@@ -58,8 +58,9 @@ bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, 
         return true;
     }
     if (hparams.is_mla() || model->arch == LLM_ARCH_DEEPSEEK4) {
-        LLAMA_LOG_ERROR("turbokv: this model caches a latent vector (MLA), which llama.cpp does not rotate; "
-                        "use q8_0, f16 or bf16 for K and V\n");
+        LLAMA_LOG_ERROR(
+            "turbokv: this model caches a latent vector (MLA), which llama.cpp does not rotate; "
+            "use q8_0, f16 or bf16 for K and V\n");
         return false;
     }
     uint32_t head_dim_k = 0;
