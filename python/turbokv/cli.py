@@ -46,7 +46,9 @@ TextOption = Annotated[
 CtxOption = Annotated[int, typer.Option("--ctx", "-c", help="Tokens per window; the second half of each is scored.")]
 ChunksOption = Annotated[int, typer.Option("--chunks", help="Windows to measure; -1 means all that the text has.")]
 CacheOption = Annotated[str, typer.Option("--cache", help="Comma-separated caches, each K/V or one type for both.")]
-ThreadsOption = Annotated[int, typer.Option("--threads", "-t", help="CPU threads; 0 means all cores of this process.")]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", "-t", min=0, help="CPU threads; 0 means all cores of this process.")
+]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the results to this file, a list with one object per cache.")
 ]
