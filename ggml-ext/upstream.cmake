@@ -149,13 +149,13 @@ set(TURBOKV_TOOLS llama-server llama-cli llama-bench llama-perplexity llama-quan
 set(TURBOKV_LIBRARIES
     ggml-base ggml-cpu ggml-rpc ggml llama llama-common mtmd
     llama-server-impl llama-cli-impl llama-bench-impl llama-perplexity-impl llama-quantize-impl)
-# No versioned names: a wheel would carry each library three times.
 foreach (target ${TURBOKV_TOOLS} ${TURBOKV_LIBRARIES})
     if (NOT TARGET ${target})
         message(FATAL_ERROR "turbokv: ${TURBOKV_SOURCE} does not build ${target}: it is older or newer than the overlay "
                             "knows. Use a tree nearer to ${TURBOKV_PIN_COMMIT}, or correct ggml-ext/upstream.cmake")
     endif()
 endforeach()
+# No versioned names: a wheel would carry each library three times.
 set_property(TARGET ${TURBOKV_LIBRARIES} PROPERTY VERSION)
 set_property(TARGET ${TURBOKV_LIBRARIES} PROPERTY SOVERSION)
 # Nor headers: the wheel is no development package.
@@ -187,7 +187,7 @@ install(TARGETS ${TURBOKV_TOOLS} ${TURBOKV_LIBRARIES}
         LIBRARY DESTINATION . COMPONENT turbokv)
 install(FILES ${CMAKE_BINARY_DIR}/bin/turbokv-build.json DESTINATION . COMPONENT turbokv)
 install(FILES ${TURBOKV_LLAMA_DIR}/LICENSE DESTINATION licenses RENAME llama.cpp COMPONENT turbokv)
-# Libraries inside llama.cpp: licence files of their own, and licence texts at the end of single headers.
+# Licences of the libraries inside llama.cpp that have a file of their own; NOTICE names the others.
 file(GLOB vendored ${TURBOKV_LLAMA_DIR}/licenses/LICENSE-*)
 install(FILES ${vendored} DESTINATION licenses COMPONENT turbokv)
 if (TURBOKV_BINDINGS)

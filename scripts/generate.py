@@ -43,14 +43,12 @@ def rows(text: Callable[[KVType], str]) -> str:
 
 
 def type_enum() -> str:
-    first = f"GGML_TYPE_TURBOKV_FIRST = {FIRST_TYPE_ID}, // every id from here on is ours\n"
-    count = (
-        f"GGML_TYPE_COUNT = {TYPE_COUNT},\n"
+    return (
+        f"{BANNER}GGML_TYPE_TURBOKV_FIRST = {FIRST_TYPE_ID}, // every id from here on is ours\n"
+        + "".join(f"{enum_name(t)} = {t.type_id}, // {t.layout_string}\n" for t in TYPES)
+        + f"GGML_TYPE_COUNT = {TYPE_COUNT},\n"
         "// The next line of ggml.h still says GGML_TYPE_COUNT: let it name upstream's own count instead.\n"
         "#define GGML_TYPE_COUNT GGML_TYPE_COUNT_UPSTREAM\n"
-    )
-    return (
-        rows(lambda t: f"{enum_name(t)} = {t.type_id}, // {t.layout_string}\n").replace(BANNER, BANNER + first) + count
     )
 
 

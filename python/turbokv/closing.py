@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Self
 
 
-class Closing:
-    """Leaving the `with` block calls close(), which must be safe to call twice."""
+class Closing(ABC):
+    """Leaving the `with` block calls close()."""
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Gives back what is owned."""
 
     def __enter__(self) -> Self:
         return self

@@ -33,14 +33,11 @@ class Finding:
 
 
 def _cpu() -> str:
-    for line in _lines(Path("/proc/cpuinfo")):
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 def _tool_works(name: str) -> Finding:

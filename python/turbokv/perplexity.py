@@ -102,13 +102,13 @@ def score(logits: NDArray[np.float32], reference: NDArray[np.float32] | None, ta
             nll = -own_log_p[np.arange(len(own)), targets[i : i + ROWS]]
             nll[~np.isfinite(own).all(axis=-1)] = np.nan
             if reference is None:
-                parts.append((nll, np.zeros(len(own)), np.ones(len(own), bool)))
+                parts.append(Scores(nll, np.zeros(len(own)), np.ones(len(own), bool)))
                 continue
             ref = reference[i : i + ROWS].astype(np.float64)
             ref_log_p = ref - log_normalizer(ref)[:, None]
             kld = (np.exp(ref_log_p) * (ref_log_p - own_log_p)).sum(axis=-1)
-            parts.append((nll, kld, own.argmax(axis=-1) == ref.argmax(axis=-1)))
-    return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+            parts.append(Scores(nll, kld, own.argmax(axis=-1) == ref.argmax(axis=-1)))
+    return join(parts)
 
 
 def _reference_logits(context: Context, tokens: NDArray[np.int32], first: int) -> NDArray[np.float32]:
@@ -189,6 +189,13 @@ def _ppl(nll: NDArray[np.float64]) -> float:
     return float(np.exp(nll.mean())) if len(nll) else float("nan")
 
 
+def _summary(kld: NDArray[np.float64]) -> dict[str, float]:
+    if not len(kld):
+        return dict.fromkeys(("mean", "median", "p99", "p999", "max"), float("nan"))
+    median, p99, p999 = (float(p) for p in np.percentile(kld, (50, 99, 99.9)))
+    return {"mean": float(kld.mean()), "median": median, "p99": p99, "p999": p999, "max": float(kld.max())}
+
+
 def records(measurement: Measurement) -> list[dict[str, Any]]:
     """One dict per cache, the objects of --json. Sizes in bytes, times in seconds, PPL and KLD in nats' terms;
     `non_finite` counts the scored tokens whose logits were NaN or infinite, which no other number includes."""
@@ -209,18 +216,7 @@ def records(measurement: Measurement) -> list[dict[str, Any]]:
         }
         if measurement.with_kld:
             kld = all_scores.kld[finite]
-            if len(kld):
-                median, p99, p999 = (float(p) for p in np.percentile(kld, (50, 99, 99.9)))
-                summary = {
-                    "mean": float(kld.mean()),
-                    "median": median,
-                    "p99": p99,
-                    "p999": p999,
-                    "max": float(kld.max()),
-                }
-            else:
-                summary = dict.fromkeys(("mean", "median", "p99", "p999", "max"), float("nan"))
-            record["kld"] = {**summary, "ci95": list(bootstrap_ci95([w.kld[w.finite] for w in run.windows[:n]]))}
+            record["kld"] = {**_summary(kld), "ci95": list(bootstrap_ci95([w.kld[w.finite] for w in run.windows[:n]]))}
             record["same_top"] = float(all_scores.same_top[finite].mean()) if finite.any() else float("nan")
         record |= {
             "non_finite": int((~finite).sum()),
