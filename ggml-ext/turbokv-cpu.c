@@ -43,7 +43,12 @@ static inline float turbo_dot_q8_0(const float * x, const block_q8_0 * y, int n)
         *s = sum;                                                                                                      \
     }
 
+TURBOKV_DEFINE_VEC_DOT(turbo2, QK_TURBO2)
+TURBOKV_DEFINE_VEC_DOT(turbo2_64, QK_TURBO2_64)
 TURBOKV_DEFINE_VEC_DOT(turbo3, QK_TURBO3)
 TURBOKV_DEFINE_VEC_DOT(turbo3_64, QK_TURBO3_64)
 TURBOKV_DEFINE_VEC_DOT(turbo4, QK_TURBO4)
 TURBOKV_DEFINE_VEC_DOT(turbo4_64, QK_TURBO4_64)
+TURBOKV_DEFINE_VEC_DOT(tbq2, QK_TBQ2)
+TURBOKV_DEFINE_VEC_DOT(tbq3, QK_TBQ3)
+TURBOKV_DEFINE_VEC_DOT(tbq4, QK_TBQ4)

@@ -13,14 +13,7 @@
 extern "C" {
 #endif
 
-void ggml_vec_dot_turbo3_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by,
-                              int nrc);
-void ggml_vec_dot_turbo3_64_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by,
-                                 int nrc);
-void ggml_vec_dot_turbo4_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by,
-                              int nrc);
-void ggml_vec_dot_turbo4_64_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by,
-                                 int nrc);
+#include "turbokv-vec-dots.inc"
 
 #ifdef __cplusplus
 }

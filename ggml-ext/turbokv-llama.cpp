@@ -13,7 +13,8 @@ namespace {
 // The types behind one short name: the one that users name, and the one for heads that 128 does not divide.
 struct type_family {
     ggml_type block_128;
-    ggml_type block_64;
+    ggml_type block_64;       // GGML_TYPE_COUNT: there is none
+    bool      graph_rotates;  // else the codec rotates, and the graph must not
 };
 
 const type_family families[] = {
@@ -32,22 +33,24 @@ const type_family * family_of(ggml_type type) {
 // head_dim: what the block has to divide, the greatest common divisor over the layers.
 bool resolve(const char * side, uint32_t head_dim, ggml_type * type) {
     const type_family * family = family_of(*type);
-    if (family == nullptr) {
+    if (family == nullptr || head_dim % ggml_blck_size(*type) == 0) {
         return true;
     }
-    if (head_dim % 64 != 0) {
-        LLAMA_LOG_ERROR(
-            "turbokv: %s cache type %s needs heads of a multiple of 64 values, because llama.cpp rotates no others; "
-            "this model has head_dim %u. Types that work here: %sf16, bf16\n",
-            side, ggml_type_name(*type), head_dim, head_dim % 32 == 0 ? "q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, " : "");
-        return false;
-    }
-    if (head_dim % ggml_blck_size(*type) != 0) {
+    if (family->block_64 != GGML_TYPE_COUNT && head_dim % ggml_blck_size(family->block_64) == 0) {
         LLAMA_LOG_WARN("turbokv: %s %s -> %s (head_dim %u)\n", side, ggml_type_name(*type),
                        ggml_type_name(family->block_64), head_dim);
         *type = family->block_64;
+        return true;
     }
-    return true;
+    const bool turbo_fits = head_dim % 64 == 0;
+    LLAMA_LOG_ERROR(
+        "turbokv: %s cache type %s needs heads of a multiple of %d values%s; "
+        "this model has head_dim %u. Types that work here: %s%sf16, bf16\n",
+        side, ggml_type_name(*type), family->graph_rotates ? 64 : 128,
+        family->graph_rotates ? ", because llama.cpp rotates no others" : ", its block", head_dim,
+        turbo_fits ? "turbo4, turbo3, turbo2, " : "",
+        head_dim % 32 == 0 ? "q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, " : "");
+    return false;
 }
 
 }  // namespace
@@ -74,24 +77,36 @@ bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, 
     return resolve("K", head_dim_k, type_k) && resolve("V", head_dim_v, type_v);
 }
 
-void turbokv_check_cache(const turbokv_side & k, const turbokv_side & v) {
+void turbokv_settle_rotation(const turbokv_side & k, const turbokv_side & v) {
     bool ours = false;
     for (const auto & side : { k, v }) {
-        if (family_of(side.type) == nullptr) {
+        const type_family * family = family_of(side.type);
+        if (family == nullptr) {
             continue;
         }
         ours = true;
-        if (!side.rotated) {
-            throw std::runtime_error(std::string("turbokv: ") + side.name + " cache type " + ggml_type_name(side.type) +
-                                     " stores rotated values, but llama.cpp does not rotate " + side.name +
-                                     " here (LLAMA_ATTN_ROT_DISABLE is set, or the head size differs between layers). "
-                                     "Unset the variable, or use q8_0 or f16");
+        if (!family->graph_rotates) {
+            *side.rotate = false;
+        } else if (!*side.rotate) {
+            throw std::runtime_error(
+                std::string("turbokv: ") + side.name + " cache type " + ggml_type_name(side.type) +
+                " stores rotated values, but llama.cpp does not rotate " + side.name +
+                " here (LLAMA_ATTN_ROT_DISABLE is set, or the head size differs between layers). "
+                "Unset the variable, or use a type that rotates by itself (tbq4, tbq3, tbq2; heads "
+                "of a multiple of 128 values), q8_0 or f16");
         }
     }
     if (ours) {  // a warning only in level: the tools hide libllama's info lines
         LLAMA_LOG_WARN("turbokv: cache K %s %zu bytes, V %s %zu bytes\n", ggml_type_name(k.type), k.bytes,
                        ggml_type_name(v.type), v.bytes);
     }
+}
+
+ggml_tensor * turbokv_whole_heads(ggml_context * ctx, ggml_tensor * k, int64_t head_dim) {
+    if (!ggml_is_quantized(k->type) || k->ne[0] == head_dim || k->view_offs % k->nb[1] != 0) {
+        return k;
+    }
+    return ggml_view_3d(ctx, k->view_src, head_dim, k->ne[1], k->ne[2], k->nb[1], k->nb[2], k->view_offs);
 }
 
 size_t turbokv_cache_bytes(const llama_context * ctx) {

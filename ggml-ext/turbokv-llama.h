@@ -27,11 +27,17 @@ LLAMA_API size_t turbokv_cache_bytes(const struct llama_context * ctx);
 struct turbokv_side {
     const char * name;  // "K" or "V"
     ggml_type    type;
-    bool         rotated;  // by the graph, before values are stored
-    size_t       bytes;    // allocated
+    bool *       rotate;  // whether the graph rotates before values are stored, and back
+    size_t       bytes;   // allocated
 };
 
-// For caches with a type of ours: logs effective types and bytes, where the tools show it by default. Throws
-// std::runtime_error, which refuses the context, when values would be stored unrotated.
-void turbokv_check_cache(const turbokv_side & k, const turbokv_side & v);
+// For caches with a type of ours: turns the graph's rotation off for types that rotate by themselves, and logs
+// effective types and bytes, where the tools show it by default. Throws std::runtime_error, which refuses the
+// context, when values of the other types would be stored unrotated.
+void turbokv_settle_rotation(const turbokv_side & k, const turbokv_side & v);
+
+// K-shift: k is a view of the first n_rot values of every cached head, [n_rot, n_head_kv, n_cells]. Quantized blocks
+// can only be rewritten whole, and the Hadamard transform runs over whole heads: returns the view with head_dim
+// values where k is quantized, else k. Views that begin inside the head (MLA) are returned as they are.
+ggml_tensor * turbokv_whole_heads(ggml_context * ctx, ggml_tensor * k, int64_t head_dim);
 #endif

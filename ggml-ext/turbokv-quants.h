@@ -2,7 +2,7 @@
 //
 // A row has k values, k a multiple of the type's block. Encoding keeps the norm of every block (norm
 // correction), stores NaN as scale when a value is not finite, and writes zeros for a block of zeros.
-// There is no rotation in here: llama.cpp's graph has already applied the Hadamard transform.
+// turboN: no rotation in here, llama.cpp's graph has already applied the Hadamard transform. tbqN rotates by itself.
 // Truth for all of it: python/turbokv/codec.py, held together by tests/golden/*.bin.
 
 #pragma once
@@ -19,15 +19,9 @@
 extern "C" {
 #endif
 
-GGML_API void quantize_row_turbo3_ref(const float * GGML_RESTRICT x, block_turbo3 * GGML_RESTRICT y, int64_t k);
-GGML_API void quantize_row_turbo3_64_ref(const float * GGML_RESTRICT x, block_turbo3_64 * GGML_RESTRICT y, int64_t k);
-GGML_API void quantize_row_turbo4_ref(const float * GGML_RESTRICT x, block_turbo4 * GGML_RESTRICT y, int64_t k);
-GGML_API void quantize_row_turbo4_64_ref(const float * GGML_RESTRICT x, block_turbo4_64 * GGML_RESTRICT y, int64_t k);
-
-GGML_API void dequantize_row_turbo3(const block_turbo3 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
-GGML_API void dequantize_row_turbo3_64(const block_turbo3_64 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
-GGML_API void dequantize_row_turbo4(const block_turbo4 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
-GGML_API void dequantize_row_turbo4_64(const block_turbo4_64 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
+// void quantize_row_<type>_ref(const float * x, block_<type> * y, int64_t k);
+// void dequantize_row_<type>(const block_<type> * x, float * y, int64_t k);
+#include "turbokv-codecs.inc"
 
 // Quantizes rows of any type of ours; the shape of ggml's quantize_*() functions, without an importance matrix.
 // Returns the number of bytes written.

@@ -4,8 +4,8 @@
     scripts/generate.py            write the files
     scripts/generate.py --check    write nothing; exit 1 and name the files that differ
 
-Written: ggml-ext/generated/* (C tables, structs, trait rows, name lists), tests/golden/*.bin (inputs, bytes
-and decoded values of every type) and the type table in README.md. Needs numpy.
+Written: ggml-ext/generated/* (C tables, structs, prototypes, trait rows, name lists), tests/golden/*.bin (inputs, bytes
+and decoded values of every type), the type table in README.md and the hook table in docs/hooks.md. Needs numpy.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "python"))
+sys.path[:0] = [str(ROOT / "python"), str(ROOT / "ggml-ext")]
 sys.meta_path.insert(0, PathFinder)  # this tree's package, not that of an editable install of another tree
 
-from turbokv import golden  # noqa: E402
-from turbokv.spec import BY_NAME, FAMILIES, FIRST_TYPE_ID, TYPE_COUNT, TYPES, KVType  # noqa: E402
+import apply_hooks  # noqa: E402
+from turbokv import codec, golden  # noqa: E402
+from turbokv.spec import (  # noqa: E402
+    BY_NAME,
+    FAMILIES,
+    FIRST_TYPE_ID,
+    SRHT_SIGNS,
+    SRHT_SIZE,
+    TYPE_COUNT,
+    TYPES,
+    KVType,
+)
 
 BANNER = "// Written by scripts/generate.py from python/turbokv/spec.py. Do not edit.\n"
-TABLE_BEGIN = "<!-- types: written by scripts/generate.py -->\n"
-TABLE_END = "<!-- /types -->"
-
-
-def codebook_name(kv_type: KVType) -> str:
-    return f"turbokv_lm{len(kv_type.codebook)}"
 
 
 def enum_name(kv_type: KVType) -> str:
@@ -71,16 +75,38 @@ def structs() -> str:
 
 
 def tables() -> str:
-    out = [BANNER, "\n#pragma once\n"]
-    for name, t in {codebook_name(t): t for t in TYPES}.items():
-        levels = ", ".join(f"{np.float32(level)!s}f" for level in t.codebook)
-        thresholds = ", ".join(repr(threshold) for threshold in map(float, t.thresholds))
+    out = [BANNER, "\n#pragma once\n\n#include <stdint.h>\n"]
+    for table in dict.fromkeys(t.table for t in TYPES):
+        levels = ", ".join(f"{np.float32(level)!s}f" for level in table.levels)
+        thresholds = ", ".join(repr(threshold) for threshold in map(float, table.thresholds))
         out.append(
-            f"\n// Lloyd-Max levels of N(0, 1) and the midpoints between them\n"
-            f"static const float  {name}[{len(t.codebook)}] = {{ {levels} }};\n"
-            f"static const double {name}_thresholds[{len(t.thresholds)}] = {{ {thresholds} }};\n"
+            f"\n// Levels for N(0, 1) and the thresholds between them\n"
+            f"static const float  turbokv_{table.name}[{len(table.levels)}] = {{ {levels} }};\n"
+            f"static const double turbokv_{table.name}_thresholds[{len(table.thresholds)}] = {{ {thresholds} }};\n"
         )
+    signs = ", ".join(f"{word:#010x}" for word in SRHT_SIGNS)
+    scale = f"{codec.SRHT_SCALE!s}f"
+    out.append(
+        f"\n// Of the rotation inside tbqN: value j is negated when bit j % 32 of word j / 32 is set\n"
+        f"#define TURBOKV_SRHT_SIZE  {SRHT_SIZE}\n"
+        f"#define TURBOKV_SRHT_SCALE {scale} // 1 / sqrt({SRHT_SIZE})\n"
+        f"static const uint32_t turbokv_srht_signs[{len(SRHT_SIGNS)}] = {{ {signs} }};\n"
+    )
     return "".join(out)
+
+
+def codec_prototypes(t: KVType) -> str:
+    x, y = "const float * GGML_RESTRICT x", "float * GGML_RESTRICT y"
+    block = f"block_{t.name} * GGML_RESTRICT"
+    return (
+        f"GGML_API void quantize_row_{t.name}_ref({x}, {block} y, int64_t k);\n"
+        f"GGML_API void dequantize_row_{t.name}(const {block} x, {y}, int64_t k);\n"
+    )
+
+
+def vec_dot_prototype(t: KVType) -> str:
+    arguments = "int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc"
+    return f"void ggml_vec_dot_{t.name}_q8_0({arguments});\n"
 
 
 def traits(t: KVType) -> str:
@@ -113,32 +139,55 @@ def quantize_cases() -> str:
 
 
 def test_limit(t: KVType) -> str:
-    # Upstream's limits for its own 3-bit types, and for the 4-bit one without an offset.
-    limit = {3: "MAX_QUANTIZATION_TOTAL_ERROR_3BITS", 4: "MAX_QUANTIZATION_TOTAL_ERROR_FP4"}[t.index_bits]
-    return f"type == {enum_name(t)} ? {limit} :\n"
+    # Upstream's limits for its own types of as many bits, at 4 bits that of the one without an offset.
+    limit = {2: "2BITS", 3: "3BITS", 4: "FP4"}[t.index_bits]
+    return f"type == {enum_name(t)} ? MAX_QUANTIZATION_TOTAL_ERROR_{limit} :\n"
+
+
+def test_dot_limit(t: KVType) -> str:
+    limit = {2: "_TERNARY", 3: "_LOWBIT", 4: ""}[t.index_bits]
+    return f": type == {enum_name(t)} ? MAX_DOT_PRODUCT_ERROR{limit}\n"
 
 
 def families() -> str:
+    """Rows of struct type_family in turbokv-llama.cpp; GGML_TYPE_COUNT where there is no 64-block."""
     out = [BANNER]
     for family in FAMILIES:
-        small = enum_name(BY_NAME[family + "_64"])
-        out.append(f"{{ {enum_name(BY_NAME[family])}, {small} }},\n")
+        small = BY_NAME.get(family + "_64")
+        rotated = str(BY_NAME[family].rotation == "graph").lower()
+        out.append(
+            f"{{ {enum_name(BY_NAME[family])}, {enum_name(small) if small else 'GGML_TYPE_COUNT'}, {rotated} }},\n"
+        )
     return "".join(out)
 
 
-def readme_table() -> str:
+def type_table() -> str:
     lines = ["| type | bits per value | block | bytes | what |", "|---|---|---|---|---|"]
     lines += [f"| `{t.name}` | {t.bits_per_value:g} | {t.block} | {t.block_bytes} | {t.about} |" for t in TYPES]
     return "\n".join(lines) + "\n"
 
 
-def readme() -> str:
-    text = (ROOT / "README.md").read_text()
-    head, begin, rest = text.partition(TABLE_BEGIN)
-    _, end, tail = rest.partition(TABLE_END)
-    if not begin or not end:
-        raise SystemExit(f"README.md lacks the markers of the type table: {TABLE_BEGIN.strip()} ... {TABLE_END}")
-    return head + begin + readme_table() + end + tail
+def hook_table() -> str:
+    hooks = apply_hooks.load_hooks()
+    files = {hook.file for hook in hooks}
+    out = [f"{len(hooks)} hooks, {sum(hook.n_lines for hook in hooks)} lines in {len(files)} files.\n\n"]
+    out.append("| hook | file | line | why | lost, this fails |\n|---|---|---|---|---|\n")
+    for hook in hooks:
+        lines = "<br>".join(f"`` {line.strip()} ``" for line in (hook.before, hook.after) if line)
+        out.append(
+            f"| {hook.name} | `{hook.file}` | {lines.replace('|', chr(92) + '|')} | {hook.why} | {hook.test} |\n"
+        )
+    return "".join(out)
+
+
+def with_table(path: str, name: str, table: str) -> bytes:
+    """The file with the table between its markers."""
+    begin, end = f"<!-- {name}: written by scripts/generate.py -->\n", f"<!-- /{name} -->"
+    head, found_begin, rest = (ROOT / path).read_text().partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not found_begin or not found_end:
+        raise SystemExit(f"{path} lacks the markers of its table: {begin.strip()} ... {end}")
+    return (head + begin + table + end + tail).encode()
 
 
 def wanted() -> dict[str, bytes]:
@@ -146,6 +195,8 @@ def wanted() -> dict[str, bytes]:
     text = {
         "turbokv-types.h": structs(),
         "turbokv-tables.h": tables(),
+        "turbokv-codecs.inc": rows(codec_prototypes),
+        "turbokv-vec-dots.inc": rows(vec_dot_prototype),
         "turbokv-type-enum.inc": type_enum(),
         "turbokv-traits.inc": rows(traits),
         "turbokv-traits-cpu.inc": rows(traits_cpu),
@@ -153,11 +204,13 @@ def wanted() -> dict[str, bytes]:
         "turbokv-cache-types.inc": rows(lambda t: f"{enum_name(t)},\n"),
         "turbokv-type-from-name.inc": rows(lambda t: f'if (s == "{t.name}") {{ return {enum_name(t)}; }}\n'),
         "turbokv-test-limits.inc": rows(test_limit),
+        "turbokv-test-dot-limits.inc": rows(test_dot_limit),
         "turbokv-families.inc": families(),
     }
     files = {f"ggml-ext/generated/{name}": content.encode() for name, content in text.items()}
     files |= {f"tests/golden/{t.name}.bin": golden.build(t) for t in TYPES}
-    files["README.md"] = readme().encode()
+    files["README.md"] = with_table("README.md", "types", type_table())
+    files["docs/hooks.md"] = with_table("docs/hooks.md", "hooks", hook_table())
     return files
 
 

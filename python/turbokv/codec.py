@@ -1,13 +1,15 @@
 """Reference codec in numpy: float32 rows <-> block bytes, bit-exact with ggml-ext/turbokv-quants.c.
 
 Encode, for a block x of n values:
-  u = x * sqrt(n) / ||x||         unit RMS, in float64
+  u = x * sqrt(n) / ||x||         unit RMS, in float64; tbqN: u = H (s * x) / ||x||, H unnormalized
   i = #{thresholds < u}           nearest level; a tie goes to the lower one
   d = fp16(||x|| / ||c[i]||)      norm correction: the decoded block has the norm of x
-Decode: y = fp32(d) * c[i], one float32 product.
+Decode: y = fp32(d) * c[i], one float32 product; tbqN: y = s * (H c[i]) * (fp32(d) / sqrt(n)), in float32.
+
 A block of zeros has d = 0. A block with a NaN or an infinity gets d = NaN and decodes to NaN: failures stay
 visible and inside their block. d is clamped to the largest finite fp16. Sums run in float64 from the first
-value to the last, so that every implementation can reproduce them to the bit.
+value to the last, and Hadamard butterflies from the nearest pairs to the farthest, so that every implementation
+can reproduce them to the bit.
 """
 
 from __future__ import annotations
@@ -15,17 +17,71 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from turbokv.spec import KVType
+from turbokv.spec import SRHT_SIGNS, SRHT_SIZE, KVType
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
 FP16_MAX = np.float32(65504.0)
+SRHT_SCALE = np.float32(1 / np.sqrt(np.float64(SRHT_SIZE)))  # makes the Hadamard matrix orthonormal
+_SIGN_BITS = np.array([SRHT_SIGNS[j // 32] >> (j % 32) & 1 for j in range(SRHT_SIZE)], bool)
 
 
-def _norm(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def srht_signs(x: NDArray[np.floating]) -> NDArray[np.floating]:
+    """s * x over the last axis of SRHT_SIZE values."""
+    return np.where(_SIGN_BITS, -x, x)
+
+
+def hadamard(x: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Unnormalized Walsh-Hadamard transform over the last axis (a power of two), natural order, in x's precision."""
+    n = x.shape[-1]
+    half = 1
+    while half < n:
+        pairs = x.reshape(*x.shape[:-1], n // (2 * half), 2, half)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        x = np.stack((low + high, low - high), axis=-2).reshape(x.shape)
+        half *= 2
+    return x
+
+
+def _norm(x: F64) -> F64:
     """Euclidean norm over the last axis; cumsum, unlike sum, is guaranteed to add in order."""
     return np.sqrt(np.cumsum(x * x, axis=-1)[..., -1])
+
+
+def _pack(kv_type: KVType, index: U8) -> U8:
+    """Level indices [n, block] to index bytes [n, index_bytes]."""
+    n, bits = len(index), kv_type.index_bits
+    if kv_type.packing == "stream":
+        each = np.unpackbits(index[..., None], axis=-1, count=bits, bitorder="little")
+        return np.packbits(each.reshape(n, -1), axis=-1, bitorder="little")
+    planes, shift = [], 0
+    for plane in kv_type.planes:
+        fields = ((index >> shift) & (2**plane.bits - 1)).reshape(n, 8 // plane.bits, -1)
+        packed = np.zeros((n, fields.shape[-1]), np.uint8)
+        for k in range(fields.shape[1]):
+            packed |= fields[:, k] << (k * plane.bits)
+        planes.append(packed)
+        shift += plane.bits
+    return np.concatenate(planes, axis=-1)
+
+
+def _unpack(kv_type: KVType, packed: U8) -> U8:
+    """The inverse of _pack."""
+    n, bits = len(packed), kv_type.index_bits
+    if kv_type.packing == "stream":
+        each = np.unpackbits(packed, axis=-1, bitorder="little").reshape(n, kv_type.block, bits)
+        return np.packbits(each, axis=-1, bitorder="little")[..., 0]
+    index = np.zeros((n, kv_type.block), np.uint8)
+    start, shift = 0, 0
+    for plane in kv_type.planes:
+        plane_bytes = kv_type.block * plane.bits // 8
+        for k in range(8 // plane.bits):
+            field = (packed[:, start : start + plane_bytes] >> (k * plane.bits)) & (2**plane.bits - 1)
+            index[:, k * plane_bytes : (k + 1) * plane_bytes] |= field << shift
+        start, shift = start + plane_bytes, shift + plane.bits
+    return index
 
 
 def quantize(kv_type: KVType, x: F32) -> U8:
@@ -39,49 +95,39 @@ def quantize(kv_type: KVType, x: F32) -> U8:
     with np.errstate(all="ignore"):
         norm = _norm(blocks)
         usable = np.isfinite(norm) & (norm > 0)
-        gain = np.where(usable, np.sqrt(np.float64(kv_type.block)) / np.where(usable, norm, 1.0), 0.0)
-        unit = np.where(usable[:, None], blocks, 0.0) * gain[:, None]
+        unit = np.where(usable[:, None], blocks, 0.0)
+        gain = np.sqrt(np.float64(kv_type.block))
+        if kv_type.rotation == "codec":
+            unit, gain = hadamard(srht_signs(unit)), np.float64(1.0)
+        unit = unit * (gain / np.where(usable, norm, 1.0))[:, None]
         index = np.searchsorted(thresholds, unit, side="left").astype(np.uint8)
         scale = (norm / _norm(levels[index])).astype(np.float32)
         d = np.where(usable, np.minimum(scale, FP16_MAX), np.where(norm == 0, 0.0, np.nan)).astype(np.float16)
     index[~usable] = 0
 
-    out = np.empty((len(blocks), kv_type.block_bytes), np.uint8)
-    start, shift = 0, 0
-    for plane in kv_type.planes:
-        plane_bytes = kv_type.block * plane.bits // 8
-        fields = ((index >> shift) & (2**plane.bits - 1)).reshape(len(blocks), 8 // plane.bits, plane_bytes)
-        packed = np.zeros((len(blocks), plane_bytes), np.uint8)
-        for k in range(fields.shape[1]):
-            packed |= fields[:, k] << (k * plane.bits)
-        out[:, start : start + plane_bytes] = packed
-        start, shift = start + plane_bytes, shift + plane.bits
-    out[:, start:] = d.view(np.uint8).reshape(-1, 2)
+    out = np.concatenate((_pack(kv_type, index), d.view(np.uint8).reshape(-1, 2)), axis=-1)
     return out.reshape(*x.shape[:-1], x.shape[-1] // kv_type.block * kv_type.block_bytes)
+
+
+def _blocks(kv_type: KVType, data: U8) -> U8:
+    if data.shape[-1] % kv_type.block_bytes:
+        raise ValueError(f"{kv_type.name}: {data.shape[-1]} bytes are not whole blocks of {kv_type.block_bytes}")
+    return data.reshape(data.size // kv_type.block_bytes, kv_type.block_bytes)
 
 
 def indices(kv_type: KVType, data: U8) -> U8:
     """Level indices of encoded rows: uint8 [..., k*block_bytes] to uint8 [..., k*block]."""
-    if data.shape[-1] % kv_type.block_bytes:
-        raise ValueError(f"{kv_type.name}: {data.shape[-1]} bytes are not whole blocks of {kv_type.block_bytes}")
-    blocks = data.reshape(data.size // kv_type.block_bytes, kv_type.block_bytes)
-    index = np.zeros((len(blocks), kv_type.block), np.uint8)
-    start, shift = 0, 0
-    for plane in kv_type.planes:
-        plane_bytes = kv_type.block * plane.bits // 8
-        packed = blocks[:, start : start + plane_bytes]
-        for k in range(8 // plane.bits):
-            field = (packed >> (k * plane.bits)) & (2**plane.bits - 1)
-            index[:, k * plane_bytes : (k + 1) * plane_bytes] |= field << shift
-        start, shift = start + plane_bytes, shift + plane.bits
+    index = _unpack(kv_type, _blocks(kv_type, data)[:, : kv_type.index_bytes])
     return index.reshape(*data.shape[:-1], data.shape[-1] // kv_type.block_bytes * kv_type.block)
 
 
 def dequantize(kv_type: KVType, data: U8) -> F32:
     """Decodes uint8 [..., k*block_bytes] to float32 [..., k*block]. Raises ValueError for a ragged last axis."""
-    index = indices(kv_type, data)
-    blocks = data.reshape(data.size // kv_type.block_bytes, kv_type.block_bytes)
+    blocks = _blocks(kv_type, data)
+    index = _unpack(kv_type, blocks[:, : kv_type.index_bytes])
     d = np.ascontiguousarray(blocks[:, kv_type.index_bytes :]).view(np.float16).astype(np.float32)
-    levels = np.asarray(kv_type.codebook, np.float32)
-    rows: F32 = levels[index.reshape(len(blocks), kv_type.block)] * d
-    return rows.reshape(index.shape)
+    levels = np.asarray(kv_type.codebook, np.float32)[index]
+    rows = srht_signs(hadamard(levels)) * (d * SRHT_SCALE) if kv_type.rotation == "codec" else levels * d
+    return rows.astype(np.float32, copy=False).reshape(
+        *data.shape[:-1], data.shape[-1] // kv_type.block_bytes * kv_type.block
+    )

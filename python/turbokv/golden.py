@@ -38,10 +38,10 @@ def inputs(kv_type: KVType) -> NDArray[np.float32]:
 
     ties = np.zeros(n)
     ties[: len(kv_type.thresholds)] = kv_type.thresholds
-    rest = n - np.sum(
-        ties**2
-    )  # fill up to unit RMS: u is the threshold itself, exactly at 0 and up to rounding elsewhere
+    rest = n - np.sum(ties**2)  # fill up to unit RMS: then u is the threshold, exactly at 0 and nearly elsewhere
     ties[len(kv_type.thresholds) :] = np.sqrt(rest / (n - len(kv_type.thresholds)))
+    if kv_type.rotation == "codec":
+        ties = codec.srht_signs(codec.hadamard(ties)) / np.sqrt(n)
 
     x[0] = 0
     x[1] = -0.0

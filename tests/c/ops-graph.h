@@ -12,6 +12,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -59,9 +60,9 @@ struct tally {
 
     void print() const {
         if (worst == 0.0) {
-            printf("%-15s %4d cases, bit-exact\n", op, n_cases);
+            printf("%-15s %5d cases, bit-exact\n", op, n_cases);
         } else {
-            printf("%-15s %4d cases, worst NMSE %.1e (limit %.0e): %s\n", op, n_cases, worst, limit,
+            printf("%-15s %5d cases, worst NMSE %.1e (limit %.0e): %s\n", op, n_cases, worst, limit,
                    worst_case.c_str());
         }
     }

@@ -1,4 +1,5 @@
 // Our types in the graph operations that a KV cache needs, on the CPU backend, through ggml's public interface.
+// Usage: test-turbokv-ops [--full]. Without --full fewer group sizes and batches.
 //
 // What moves or converts values must match the reference codec to the bit. MUL_MAT and FLASH_ATTN_EXT quantize
 // their float operand to q8_0 first (f16 for an f16 K). For normally distributed values that alone is a relative
@@ -117,6 +118,17 @@ static void test_cpy(ggml_type type, tally & t) {
     }
 }
 
+// In float64. Eight sums, so that it can be vectorized; n a multiple of 8.
+static double dot(const float * a, const float * b, int64_t n) {
+    double lanes[8] = { 0.0 };
+    for (int64_t j = 0; j < n; j += 8) {
+        for (int64_t l = 0; l < 8; ++l) {
+            lanes[l] += (double) a[j + l] * b[j + l];
+        }
+    }
+    return std::accumulate(lanes, lanes + 8, 0.0);
+}
+
 // K as src0, as attention without the fused operation does it: [head, n_kv, n_head] x [head, n_batch, n_head * gqa].
 static void test_mul_mat(ggml_type type, int64_t head, int64_t gqa, int64_t n_batch, int64_t n_stream, tally & t) {
     const int64_t n_head = 2, n_kv = 37;
@@ -137,9 +149,7 @@ static void test_mul_mat(ggml_type type, int64_t head, int64_t gqa, int64_t n_ba
         const int64_t s  = r / n_kv / n_batch / (n_head * gqa);
         const float * kr = &kd[((s * n_kv + i) * n_head + h / gqa) * head];
         const float * qr = &x[((s * n_head * gqa + h) * n_batch + b) * head];
-        for (int64_t j = 0; j < head; ++j) {
-            ref[r] += (double) kr[j] * qr[j];
-        }
+        ref[r]           = dot(kr, qr, head);
     }
     t.add(nmse(get<float>(out), ref), format("%s, head %d, gqa %d, batch %d, %d streams", ggml_type_name(type),
                                              (int) head, (int) gqa, (int) n_batch, (int) n_stream));
@@ -176,43 +186,53 @@ static void test_flash_attn(const attention_case & c, tally & t) {
     set(mask, m);
     g.compute(out);
 
+    // In float64. Of large batches every seventh query: their number only decides how threads share the work.
     const std::vector<float> kd = k.decoded();
     const std::vector<float> vd = v.decoded();
-    std::vector<double>      ref(ggml_nelements(out));  // [n_stream][n_batch][n_head][head], as q
+    const std::vector<float> y  = get<float>(out);  // [n_stream][n_batch][n_head][head], as q
+    std::vector<float>       seen;
+    std::vector<double>      ref;
+    std::vector<double>      row(c.head);
     for (int64_t r = 0; r < n_head * c.n_batch * c.n_stream; ++r) {
-        const int64_t       h = r % n_head / c.gqa, b = r / n_head % c.n_batch, s = r / n_head / c.n_batch;
+        const int64_t h = r % n_head / c.gqa, b = r / n_head % c.n_batch, s = r / n_head / c.n_batch;
+        if (c.n_batch > 64 && b % 7 != 3) {
+            continue;
+        }
         std::vector<double> score(n_visible(b, s));
         double              top = -INFINITY;
         double              sum = 0.0;
         for (size_t i = 0; i < score.size(); ++i) {
-            const float * row = &kd[((s * c.n_kv + i) * n_head_kv + h) * c.head];
-            for (int64_t j = 0; j < c.head; ++j) {
-                score[i] += (double) row[j] * x[r * c.head + j] * scale;
-            }
-            top = std::max(top, score[i]);
+            score[i] = scale * dot(&kd[((s * c.n_kv + i) * n_head_kv + h) * c.head], &x[r * c.head], c.head);
+            top      = std::max(top, score[i]);
         }
         for (double & w : score) {
             w = exp(w - top);
             sum += w;
         }
+        std::fill(row.begin(), row.end(), 0.0);
         for (size_t i = 0; i < score.size(); ++i) {
-            const float * row = &vd[((s * c.n_kv + i) * n_head_kv + h) * c.head];
+            const float * vr = &vd[((s * c.n_kv + i) * n_head_kv + h) * c.head];
+            const double  w  = score[i] / sum;
             for (int64_t j = 0; j < c.head; ++j) {
-                ref[r * c.head + j] += score[i] / sum * row[j];
+                row[j] += w * vr[j];
             }
         }
+        seen.insert(seen.end(), &y[r * c.head], &y[r * c.head] + c.head);
+        ref.insert(ref.end(), row.begin(), row.end());
     }
-    t.add(nmse(get<float>(out), ref),
+    t.add(nmse(seen, ref),
           format("%s/%s, head %d, gqa %d, batch %d, %d streams, %d cells", ggml_type_name(c.type_k),
                  ggml_type_name(c.type_v), (int) c.head, (int) c.gqa, (int) c.n_batch, (int) c.n_stream, (int) c.n_kv));
 }
 
 // Calls f(head, gqa, n_batch, n_stream) for every shape.
 template <typename F>
-static void for_each_shape(F f) {
+static void for_each_shape(bool full, F f) {
+    const std::vector<int64_t> groups  = full ? std::vector<int64_t>{ 1, 2, 4, 8 } : std::vector<int64_t>{ 1, 4 };
+    const std::vector<int64_t> batches = full ? std::vector<int64_t>{ 1, 2, 3, 8, 512 } : std::vector<int64_t>{ 1, 7 };
     for (int64_t head : { 64, 128, 256 }) {
-        for (int64_t gqa : { 1, 4 }) {
-            for (int64_t n_batch : { 1, 7 }) {
+        for (int64_t gqa : groups) {
+            for (int64_t n_batch : batches) {
                 for (int64_t n_stream : { 1, 3 }) {
                     f(head, gqa, n_batch, n_stream);
                 }
@@ -236,7 +256,12 @@ static std::vector<std::pair<ggml_type, ggml_type>> pairs() {
     return all;
 }
 
-int main() {
+int main(int argc, char ** argv) {
+    const bool full = argc == 2 && std::string(argv[1]) == "--full";
+    if (argc > 1 && !full) {
+        fprintf(stderr, "usage: %s [--full]\n", argv[0]);
+        return 2;
+    }
     ggml_set_abort_callback([](const char * message) { fprintf(stderr, "FAIL %s: %s\n", current.c_str(), message); });
     for (ggml_type type : our_types) {
         if (ggml_get_type_traits(type)->to_float == nullptr || ggml_get_type_traits_cpu(type)->vec_dot == nullptr) {
@@ -254,16 +279,20 @@ int main() {
             test_set_rows<int32_t>(type, src, set_rows);
         }
         test_cpy(type, cpy);
-        for_each_shape([&](int64_t head, int64_t gqa, int64_t n_batch, int64_t n_stream) {
+        for_each_shape(full, [&](int64_t head, int64_t gqa, int64_t n_batch, int64_t n_stream) {
             if (head % ggml_blck_size(type) == 0) {
                 test_mul_mat(type, head, gqa, n_batch, n_stream, mul_mat);
             }
         });
     }
     for (const auto & pair : pairs()) {
-        for_each_shape([&](int64_t head, int64_t gqa, int64_t n_batch, int64_t n_stream) {
+        if (full) {
+            fprintf(stderr, "%s/%s, %d cases so far\n", ggml_type_name(pair.first), ggml_type_name(pair.second),
+                    attention.n_cases);
+        }
+        for_each_shape(full, [&](int64_t head, int64_t gqa, int64_t n_batch, int64_t n_stream) {
             if (head % ggml_blck_size(pair.first) == 0 && head % ggml_blck_size(pair.second) == 0) {
-                const int64_t n_kv = n_batch == 1 ? 517 : 83;  // no multiple of any tile
+                const int64_t n_kv = n_batch == 1 ? 517 : n_batch + 76;  // no multiple of any tile
                 test_flash_attn({ pair.first, pair.second, head, gqa, n_batch, n_stream, n_kv }, attention);
             }
         });

@@ -23,10 +23,11 @@ struct expected {
 };
 
 static const expected types[] = {
-    { "turbo3", GGML_TYPE_TURBO3, 226, 128, 50, 3.125 },
-    { "turbo3_64", GGML_TYPE_TURBO3_64, 227, 64, 26, 3.25 },
-    { "turbo4", GGML_TYPE_TURBO4, 228, 128, 66, 4.125 },
-    { "turbo4_64", GGML_TYPE_TURBO4_64, 229, 64, 34, 4.25 },
+    { "turbo2", GGML_TYPE_TURBO2, 224, 128, 34, 2.125 }, { "turbo2_64", GGML_TYPE_TURBO2_64, 225, 64, 18, 2.25 },
+    { "turbo3", GGML_TYPE_TURBO3, 226, 128, 50, 3.125 }, { "turbo3_64", GGML_TYPE_TURBO3_64, 227, 64, 26, 3.25 },
+    { "turbo4", GGML_TYPE_TURBO4, 228, 128, 66, 4.125 }, { "turbo4_64", GGML_TYPE_TURBO4_64, 229, 64, 34, 4.25 },
+    { "tbq2", GGML_TYPE_TBQ2, 230, 128, 34, 2.125 },     { "tbq3", GGML_TYPE_TBQ3, 231, 128, 50, 3.125 },
+    { "tbq4", GGML_TYPE_TBQ4, 232, 128, 66, 4.125 },
 };
 
 static const ggml_type all_types[] = {
@@ -72,8 +73,8 @@ static void check_ids() {
         }
         if (mine == nullptr) {
             check(id < GGML_TYPE_TURBOKV_FIRST || traits->blck_size == 0, "id %d is ours but not in the table", id);
-            check(traits->type_name == nullptr || std::string(traits->type_name).find("turbo") != 0,
-                  "id %d is called %s", id, traits->type_name);
+            const std::string name = traits->type_name == nullptr ? "" : traits->type_name;
+            check(name.find("turbo") != 0 && name.find("tbq") != 0, "id %d is called %s", id, name.c_str());
             continue;
         }
         check(mine->type == id, "%s has id %d, not %d", mine->name, mine->type, id);

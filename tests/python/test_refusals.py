@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tiny_models import write_llama
 from turbokv import data, native, perplexity
 from turbokv.cache_type import CachePair, parse_pairs
@@ -122,6 +123,40 @@ def test_unrotated_q8_0_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "attention rotation force disabled" in worked.stderr
 
 
+# --- types that rotate by themselves
+
+
+def logits_of(path: Path, cache: CachePair) -> NDArray[np.float32]:
+    tokens = np.arange(1, 65, dtype=np.int32)
+    with Model(path) as model, Context(model, cache, 64, 1) as context:
+        return np.concatenate([logits.copy() for logits in context.logits(tokens, first=0)])
+
+
+@pytest.mark.parametrize("cache", ["tbq3/f16", "f16/tbq3", "tbq4/tbq2", "tbq3/turbo3"])
+def test_graph_does_not_rotate_for_types_that_do_it_themselves(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotating in the graph too would give other codes; where it is forced off the same must come out."""
+    (pair,) = parse_pairs(cache)
+    ours = logits_of(data.MINI, pair)
+    if cache == "tbq3/turbo3":  # V is rotated for turbo3, K is not
+        assert np.isfinite(ours).all()
+        return
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+    np.testing.assert_array_equal(logits_of(data.MINI, pair), ours)
+
+
+@commands
+@pytest.mark.parametrize("head_dim", [64, 80, 192])
+def test_tbq_is_refused_where_its_block_does_not_fit(command: Command, head_dim: int, tiny_model: TinyModel) -> None:
+    rotated = "turbo4, turbo3, turbo2, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, "
+    message = (
+        f"turbokv: V cache type tbq3 needs heads of a multiple of 128 values, its block; this model has head_dim "
+        f"{head_dim}. Types that work here: {rotated if head_dim % 64 == 0 else ''}f16, bf16\n"
+    )
+    refused = run(command(tiny_model(head_dim), "f16", "tbq3"))
+    assert refused.returncode == 1, refused.stderr
+    assert message in refused.stderr
+
+
 # --- architectures that need a word of their own; upstream's own test writes random models of all of them
 
 
@@ -190,13 +225,15 @@ def test_64_block_asked_for_by_name_stays() -> None:
         assert str(model.effective(CachePair("turbo3_64", "turbo4"))) == "turbo3_64/turbo4"
 
 
-@pytest.mark.parametrize("head_dim", [64, 192, 256, 320])
-def test_every_head_size_decodes_what_it_encoded(head_dim: int, tiny_model: TinyModel) -> None:
-    """turbo4 costs what q4_0, the upstream type of about its size, costs on the same heads."""
+@pytest.mark.parametrize(
+    ("head_dim", "name"), [(64, "turbo4"), (192, "turbo4"), (256, "turbo4"), (320, "turbo4"), (256, "tbq4")]
+)
+def test_every_head_size_decodes_what_it_encoded(head_dim: int, name: str, tiny_model: TinyModel) -> None:
+    """A 4-bit type costs what q4_0, the upstream type of about its size, costs on the same heads."""
     tokens = np.random.default_rng(0).integers(1, 512, 256, dtype=np.int32)
     with Model(tiny_model(head_dim)) as model:
         measured = perplexity.measure(
-            model, tokens, parse_pairs("q4_0,turbo4"), n_ctx=256, n_windows=1, n_threads=1, with_kld=True
+            model, tokens, parse_pairs(f"q4_0,{name}"), n_ctx=256, n_windows=1, n_threads=1, with_kld=True
         )
-    q4_0, turbo4 = (record["kld"]["mean"] for record in perplexity.records(measured))
-    assert 0 < turbo4 < 2 * q4_0
+    q4_0, ours = (record["kld"]["mean"] for record in perplexity.records(measured))
+    assert 0 < ours < 2 * q4_0
