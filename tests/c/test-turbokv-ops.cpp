@@ -1,5 +1,6 @@
 // Our types in the graph operations that a KV cache needs, on the CPU backend, through ggml's public interface.
-// Usage: test-turbokv-ops [--full]. Without --full fewer group sizes and batches.
+// Usage: test-turbokv-ops [--full [SHARD/SHARDS]]. Without --full fewer group sizes and batches; a shard takes every
+// SHARDS-th K/V pair from number SHARD on.
 //
 // What moves or converts values must match the reference codec to the bit. MUL_MAT and FLASH_ATTN_EXT quantize
 // their float operand to q8_0 first (f16 for an f16 K). For normally distributed values that alone is a relative
@@ -257,9 +258,11 @@ static std::vector<std::pair<ggml_type, ggml_type>> pairs() {
 }
 
 int main(int argc, char ** argv) {
-    const bool full = argc == 2 && std::string(argv[1]) == "--full";
-    if (argc > 1 && !full) {
-        fprintf(stderr, "usage: %s [--full]\n", argv[0]);
+    const bool full  = argc >= 2 && std::string(argv[1]) == "--full";
+    int        shard = 0, n_shards = 1;
+    if ((argc > 1 && !full) || argc > 3 ||
+        (argc == 3 && (sscanf(argv[2], "%d/%d", &shard, &n_shards) != 2 || shard < 0 || shard >= n_shards))) {
+        fprintf(stderr, "usage: %s [--full [SHARD/SHARDS]]\n", argv[0]);
         return 2;
     }
     ggml_set_abort_callback([](const char * message) { fprintf(stderr, "FAIL %s: %s\n", current.c_str(), message); });
@@ -285,7 +288,9 @@ int main(int argc, char ** argv) {
             }
         });
     }
-    for (const auto & pair : pairs()) {
+    const auto all_pairs = pairs();
+    for (size_t i = shard; i < all_pairs.size(); i += n_shards) {
+        const auto & pair = all_pairs[i];
         if (full) {
             fprintf(stderr, "%s/%s, %d cases so far\n", ggml_type_name(pair.first), ggml_type_name(pair.second),
                     attention.n_cases);
