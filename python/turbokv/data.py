@@ -31,7 +31,7 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "turbokv"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes the whole file or nothing: a full disk or a kill leaves the old file, and no half of a new one.
 
     Devices and pipes such as /dev/stdout are written to as they are. Raises TurbokvError.
