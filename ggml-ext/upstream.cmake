@@ -180,12 +180,16 @@ if (TURBOKV_BINDINGS)
     file(GLOB bindings "${TURBOKV_BINDINGS}/*.py")
     file(COPY ${bindings} DESTINATION "${CMAKE_BINARY_DIR}/bin/bindings/llama_cpp")
 endif()
+list(JOIN TURBOKV_TOOLS "\", \"" TURBOKV_TOOLS_JSON)
 configure_file(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-build.json.in ${CMAKE_BINARY_DIR}/bin/turbokv-build.json @ONLY)
 
 install(TARGETS ${TURBOKV_TOOLS} ${TURBOKV_LIBRARIES}
         RUNTIME DESTINATION . COMPONENT turbokv
         LIBRARY DESTINATION . COMPONENT turbokv)
 install(FILES ${CMAKE_BINARY_DIR}/bin/turbokv-build.json DESTINATION . COMPONENT turbokv)
+# `turbokv doctor --llama-source` applies the hooks to other trees.
+install(FILES ${PROJECT_SOURCE_DIR}/ggml-ext/apply_hooks.py ${PROJECT_SOURCE_DIR}/ggml-ext/hooks.toml
+        DESTINATION overlay COMPONENT turbokv)
 install(FILES ${TURBOKV_LLAMA_DIR}/LICENSE DESTINATION licenses RENAME llama.cpp COMPONENT turbokv)
 # Licences of the libraries inside llama.cpp that have a file of their own; NOTICE names the others.
 file(GLOB vendored ${TURBOKV_LLAMA_DIR}/licenses/LICENSE-*)

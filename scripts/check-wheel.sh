@@ -17,8 +17,10 @@ ls -l "$scratch"/*.whl
 say "Using it from an environment of its own"
 python3 -m venv "$scratch/venv"
 "$scratch/venv/bin/pip" install --quiet --disable-pip-version-check "$scratch"/*.whl
+pinned=$(echo "$PWD"/build-wheel/upstream/*/vendor/llama.cpp)
 cd "$scratch"
 venv/bin/turbokv doctor
+venv/bin/turbokv doctor --llama-source "$pinned"
 venv/bin/turbokv kld --ctx 512 --chunks 1 --cache f16,turbo3
 if find venv -name 'libllama*' -o -name 'libggml-base*' | grep -v turbokv/_native; then
     fail "a second llama.cpp was installed"

@@ -9,7 +9,7 @@ setup_venv ""
 setup_build turbokv-tools
 
 say "Perplexity and KL divergence from f16, for every cache"
-measure=(turbokv kld --ctx 1024 --chunks 4 --cache f16,q8_0,q4_0,turbo4,turbo3,q8_0/turbo3 --json build/demo.json)
+measure=(turbokv kld --ctx 1024 --chunks 4 --cache f16,q8_0,q4_0,turbo4,turbo3,turbo2,tbq3,q8_0/turbo3 --json build/demo.json)
 "${measure[@]}"
 echo "Written to build/demo.json by: ${measure[*]}"
 

@@ -14,6 +14,8 @@ can reproduce them to the bit.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,18 +24,19 @@ from turbokv.spec import SRHT_SIGNS, SRHT_SIZE, KVType
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
+Real = TypeVar("Real", np.float32, np.float64)
 
 FP16_MAX = np.float32(65504.0)
 SRHT_SCALE = np.float32(1 / np.sqrt(np.float64(SRHT_SIZE)))  # makes the Hadamard matrix orthonormal
 _SIGN_BITS = np.array([SRHT_SIGNS[j // 32] >> (j % 32) & 1 for j in range(SRHT_SIZE)], bool)
 
 
-def srht_signs(x: NDArray[np.floating]) -> NDArray[np.floating]:
+def srht_signs(x: NDArray[Real]) -> NDArray[Real]:
     """s * x over the last axis of SRHT_SIZE values."""
     return np.where(_SIGN_BITS, -x, x)
 
 
-def hadamard(x: NDArray[np.floating]) -> NDArray[np.floating]:
+def hadamard(x: NDArray[Real]) -> NDArray[Real]:
     """Unnormalized Walsh-Hadamard transform over the last axis (a power of two), natural order, in x's precision."""
     n = x.shape[-1]
     half = 1

@@ -143,15 +143,21 @@ class Model(Closing):
 
 
 class Context(Closing):
-    """One sequence of up to n_ctx tokens with a given cache. Use as a context manager."""
+    """One sequence of up to n_ctx tokens with a given cache. Use as a context manager.
 
-    def __init__(self, model: Model, pair: CachePair, n_ctx: int, n_threads: int) -> None:
+    n_batch: tokens per call of llama_decode and per pass through the graph; 1 decodes as generation does. Left out,
+    both are as large as in llama.cpp's tools. Raises TurbokvError if the model does not take this cache.
+    """
+
+    def __init__(
+        self, model: Model, pair: CachePair, n_ctx: int, n_threads: int, *, n_batch: int | None = None
+    ) -> None:
         self.model = model
         self._lib = native.llama()
         params = self._lib.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch = min(n_ctx, MAX_BATCH)
-        params.n_ubatch = min(params.n_batch, MAX_UBATCH)
+        params.n_batch = min(n_ctx, n_batch or MAX_BATCH)
+        params.n_ubatch = min(params.n_batch, n_batch or MAX_UBATCH)
         params.swa_full = False  # as in llama.cpp's tools: layers with a sliding window cache the window only
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_ids()[pair.k], type_ids()[pair.v]
@@ -166,27 +172,39 @@ class Context(Closing):
     def logits(self, tokens: NDArray[np.int32], first: int) -> Iterator[NDArray[np.float32]]:
         """Decodes tokens [n] from an empty cache; yields the logits of positions first.. as float32 [m, n_vocab],
         one array per batch. Each array is libllama's own memory: valid until the next one is asked for."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self.handle), True)
+        for start in range(0, len(tokens), self.n_batch):
+            logits = self._decode(tokens[start : start + self.n_batch], start, first)
+            if len(logits):
+                yield logits
+
+    def repeat(self, tokens: NDArray[np.int32], position: int) -> NDArray[np.float32]:
+        """Decodes tokens[position] alone, on the cache as earlier calls filled it up to there; what lay behind is
+        dropped. Logits [1, n_vocab], libllama's own memory again."""
+        if not self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self.handle), 0, position, -1):
+            raise TurbokvError(f"the cache of {self.model.path.name} cannot be cut at token {position}")
+        return self._decode(tokens[position : position + 1], position, position)
+
+    def _decode(self, tokens: NDArray[np.int32], start: int, first: int) -> NDArray[np.float32]:
+        """Appends one batch of tokens at the positions start..; logits of the positions first.. among them."""
         lib = self._lib
-        lib.llama_memory_clear(lib.llama_get_memory(self.handle), True)
-        batch = lib.llama_batch_init(self.n_batch, 0, 1)
+        n_outputs = min(len(tokens), max(0, start + len(tokens) - first))
+        batch = lib.llama_batch_init(len(tokens), 0, 1)
         try:
-            for start in range(0, len(tokens), self.n_batch):
-                part = tokens[start : start + self.n_batch]
-                n_outputs = 0
-                for i, token in enumerate(part.tolist()):
-                    batch.token[i], batch.pos[i] = token, start + i
-                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                    batch.logits[i] = start + i >= first
-                    n_outputs += start + i >= first
-                batch.n_tokens = len(part)
-                status = lib.llama_decode(self.handle, batch)
-                interrupts.check()
-                if status:
-                    raise TurbokvError(f"llama_decode failed with status {status}: {log.errors()}")
-                if n_outputs:
-                    yield np.ctypeslib.as_array(lib.llama_get_logits(self.handle), (n_outputs, self.model.n_vocab))
+            for i, token in enumerate(tokens.tolist()):
+                batch.token[i], batch.pos[i] = token, start + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = start + i >= first
+            batch.n_tokens = len(tokens)
+            status = lib.llama_decode(self.handle, batch)
         finally:
             lib.llama_batch_free(batch)
+        interrupts.check()
+        if status:
+            raise TurbokvError(f"llama_decode failed with status {status}: {log.errors()}")
+        if not n_outputs:
+            return np.empty((0, self.model.n_vocab), np.float32)
+        return np.ctypeslib.as_array(lib.llama_get_logits(self.handle), (n_outputs, self.model.n_vocab))
 
     def close(self) -> None:
         if self.handle:

@@ -56,7 +56,7 @@ def imprint(model: Path, profile: str, out: Path) -> Array:
         both = np.tile(s, 2)
         q_norm[:] = q_norm / both
         k_norm[:] = k_norm * both
-    data.write_atomically(out, memoryview(reader.data))
+    data.write_atomically(out, reader.data.data)
     return energies
 
 

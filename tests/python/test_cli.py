@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from turbokv import __version__, data
+from turbokv import __version__, data, spec
 
 COMMAND = str(Path(sys.executable).with_name("turbokv"))
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1"}
-SUBCOMMANDS = ("kld", "ppl", "types", "doctor", "serve")
+SUBCOMMANDS = ("kld", "ppl", "types", "doctor", "serve", "testbed")
 
 Run = subprocess.CompletedProcess[str]
 
@@ -203,6 +203,10 @@ def test_impossible_request_is_refused(arguments: list[str], words: list[str]) -
     check_refused(turbokv("kld", *arguments), *words)
 
 
+def test_doctor_looks_at_one_thing_at_a_time(tmp_path: Path) -> None:
+    check_refused(turbokv("doctor", "--deep", "--llama-source", tmp_path), "--deep", "--llama-source")
+
+
 @pytest.mark.parametrize("place", [".", "absent/kld.json", "/proc/kld.json"])
 def test_unwritable_json_is_refused_before_anything_is_measured(tmp_path: Path, place: str) -> None:
     path = tmp_path / place
@@ -297,6 +301,14 @@ def test_ctrl_c_before_the_first_window_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_during_doctor_deep_keeps_what_is_measured() -> None:
+    run = interrupted("[1/", "doctor", "--deep")
+    assert run.returncode == 130
+    assert "Traceback" not in run.stderr
+    assert re.search("interrupted: --deep got to [1-4] of", run.stderr)
+    assert re.search(r"mini-q8_0 f16: +KLD", run.stdout)
+
+
 CTRL_C_WHILE_LLAMA_CPP_LOGS = """
 import collections, signal
 from turbokv import cli, engine
@@ -312,9 +324,13 @@ cli.main()
 """
 
 
-def test_ctrl_c_while_llama_cpp_logs_is_not_lost() -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [["kld", "-c", "256", "--chunks", "1", "--cache", "f16"], ["doctor", "--deep"]],
+    ids=["kld", "doctor"],
+)
+def test_ctrl_c_while_llama_cpp_logs_is_not_lost(arguments: list[str]) -> None:
     """Python runs signal handlers in the log callback too, and ctypes drops what a callback raises."""
-    arguments = ["kld", "-c", "256", "--chunks", "1", "--cache", "f16"]
     run = subprocess.run(
         [sys.executable, "-c", CTRL_C_WHILE_LLAMA_CPP_LOGS, *arguments],
         capture_output=True, text=True, timeout=300, check=False, env=ENVIRONMENT,
@@ -334,9 +350,25 @@ def test_help_of_a_command_shows_an_example(command: str) -> None:
     assert f"Example: turbokv {command}" in run.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("kld", ["mean KLD", "95% CI", "same top", "rounding"]),
+        ("ppl", ["true next token", "turbokv kld"]),
+        ("types", ["bits per value", "relative MSE"]),
+        ("doctor", ["BAD", "exit code", "--deep", "--llama-source"]),
+        ("serve", ["llama-server", "--cache-type-k"]),
+    ],
+)
+def test_help_explains_what_the_command_shows(command: str, words: list[str]) -> None:
+    text = " ".join(turbokv(command, "-h", COLUMNS="120").stdout.split())
+    assert [word for word in words if word not in text] == []
+
+
 def test_turbokv_alone_shows_every_command() -> None:
     run = turbokv()
-    assert [command for command in SUBCOMMANDS if not re.search(rf"\b{command}\b", run.stdout)] == []
+    assert [command for command in SUBCOMMANDS if not re.search(rf"│ {command}\b", run.stdout)] == []
+    assert "A cache is written K/V" in run.stdout
     assert run.stderr == ""
 
 
@@ -348,8 +380,8 @@ def test_version() -> None:
 def test_types_lists_every_type() -> None:
     run = turbokv("types")
     assert run.returncode == 0
-    for name in ("turbo3", "turbo3_64", "turbo4", "turbo4_64"):
-        assert re.search(rf"\b{name}\b", run.stdout)
+    for kv_type in spec.TYPES:
+        assert re.search(rf"\b{kv_type.name}\b", run.stdout)
     assert "…" not in run.stdout
 
 

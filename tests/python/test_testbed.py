@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +298,31 @@ def test_mild_outliers_cost_what_was_measured(variants: dict[str, Path]) -> None
     assert mild["q4_0/q4_0"] < 0.031
     assert mild["turbo4/turbo4"] < 0.066
     assert mild["turbo3/turbo3"] < 0.36
+
+
+# --- the command
+
+
+def imprint(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "turbokv", "testbed", "imprint", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_command_writes_what_the_function_writes_and_says_how_large_the_outliers_are(tmp_path: Path) -> None:
+    out, direct = tmp_path / "out.gguf", tmp_path / "direct.gguf"
+    run = imprint("--profile", "extreme", "-o", out)
+    assert (run.returncode, run.stderr) == (0, "")
+    testbed.imprint(data.MINI, "extreme", direct)
+    assert re.search(r"8 layers, largest K outlier [\d,]+ to [\d,]+ times the median", run.stdout)
+    assert out.read_bytes() == direct.read_bytes()
+
+
+def test_command_refuses_with_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    for arguments, word in ((["-m", data.BIAS], "architecture llama"), (["-m", data.SAMPLE], "no whole GGUF model")):
+        run = imprint("--profile", "mild", "-o", tmp_path / "out.gguf", *arguments)
+        assert run.returncode == 1
+        assert word in run.stderr and len(run.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- behaviour with the statistics of real models

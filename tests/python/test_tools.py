@@ -10,9 +10,9 @@ import llama_perplexity
 import pytest
 from turbokv import data, native
 from turbokv.cache_type import NAMES
-from turbokv.doctor import TOOLS
 from turbokv.spec import TYPES
 
+TOOLS = native.build_info()["tools"]
 OPTIONS = ("--cache-type-k", "--cache-type-v", "--cache-type-k-draft", "--cache-type-v-draft")
 
 
