@@ -81,7 +81,7 @@ void turbokv_settle_rotation(const turbokv_side & k, const turbokv_side & v) {
     bool ours = false;
     for (const auto & side : { k, v }) {
         const type_family * family = family_of(side.type);
-        if (family == nullptr) {
+        if (family == nullptr || side.bytes == 0) {  // some models have a cache without layers, or without V
             continue;
         }
         ours = true;

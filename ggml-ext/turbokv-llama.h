@@ -33,7 +33,7 @@ struct turbokv_side {
 
 // For caches with a type of ours: turns the graph's rotation off for types that rotate by themselves, and logs
 // effective types and bytes, where the tools show it by default. Throws std::runtime_error, which refuses the
-// context, when values of the other types would be stored unrotated.
+// context, when values of the other types would be stored unrotated. Sides without bytes store nothing.
 void turbokv_settle_rotation(const turbokv_side & k, const turbokv_side & v);
 
 // K-shift: k is a view of the first n_rot values of every cached head, [n_rot, n_head_kv, n_cells]. Quantized blocks

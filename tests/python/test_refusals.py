@@ -177,7 +177,6 @@ def finite_logits(path: Path, name: str) -> bool:
     [
         ("deepseek2-moe", "latent vector"),  # MLA: upstream stores K unrotated although its flag says otherwise
         ("deepseek4-moe", "latent vector"),
-        ("lfm2-dense", "the head size differs between layers"),
     ],
 )
 def test_architectures_without_rotation_are_refused(name: str, reason: str, architectures: Path) -> None:
@@ -187,7 +186,10 @@ def test_architectures_without_rotation_are_refused(name: str, reason: str, arch
         finite_logits(path, "turbo3")
 
 
-@pytest.mark.parametrize("name", ["mamba-dense", "gemma3-dense", "gpt-oss-moe", "falcon-h1-dense", "qwen3next-moe"])
+@pytest.mark.parametrize(
+    "name",
+    ["mamba-dense", "gemma3-dense", "gpt-oss-moe", "falcon-h1-dense", "qwen3next-moe", "lfm2-dense", "qwen4exp-moe"],
+)
 def test_recurrent_sliding_window_and_hybrid_models_work(name: str, architectures: Path) -> None:
     assert finite_logits(architectures / f"{name}.gguf", "turbo3")
 
