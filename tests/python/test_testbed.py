@@ -318,8 +318,8 @@ def test_command_writes_what_the_function_writes_and_says_how_large_the_outliers
 
 
 def test_command_refuses_with_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    for arguments, word in ((["-m", data.BIAS], "architecture llama"), (["-m", data.SAMPLE], "no whole GGUF model")):
-        run = imprint("--profile", "mild", "-o", tmp_path / "out.gguf", *arguments)
+    for model, word in ((data.BIAS, "architecture llama"), (data.SAMPLE, "no whole GGUF model")):
+        run = imprint("--profile", "mild", "-o", tmp_path / "out.gguf", "-m", model)
         assert run.returncode == 1
         assert word in run.stderr and len(run.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
