@@ -331,7 +331,12 @@ def _decode_findings() -> list[doctor_module.Finding]:
     return found
 
 
-testbed_app = typer.Typer(no_args_is_help=True, help="Test models that are harder on a cache than the built-in ones.")
+testbed_app = typer.Typer(
+    no_args_is_help=True,
+    help="""Test models that are harder on a cache than the built-in ones.
+
+    Example: `turbokv testbed imprint --profile extreme -o extreme.gguf`""",
+)
 app.add_typer(testbed_app, name="testbed")
 
 

@@ -117,7 +117,8 @@ def test_decode_follows_the_layout_rule(kv_type: KVType, seed: int) -> None:
 def test_encode_packs_the_nearest_levels(kv_type: KVType, x: codec.F32) -> None:
     x = x[: kv_type.block]
     u = unit_rms(kv_type, x)
-    assume(distance_to_threshold(kv_type, u).min() > 1e-7)
+    # tbq3's published thresholds are rounded: up to 5e-5 beside the midpoints of the levels
+    assume(distance_to_threshold(kv_type, u).min() > (1e-4 if kv_type.name == "tbq3" else 1e-7))
     data = codec.quantize(kv_type, x)
     scale = float(fp16_scale(kv_type, data)[0])
     assert data.tobytes() == pack(kv_type, nearest_level(kv_type, u).tolist(), scale)
