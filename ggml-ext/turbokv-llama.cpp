@@ -5,6 +5,7 @@
 #include <string>
 
 #include "llama-impl.h"
+#include "llama-kv-cache.h"
 #include "llama-memory.h"
 #include "llama-model.h"
 
@@ -53,6 +54,25 @@ bool resolve(const char * side, uint32_t head_dim, ggml_type * type) {
     return false;
 }
 
+// Asked of the method that makes the rotation's input: the flags behind it are private, and change their names.
+bool rotates(const llama_kv_cache & cache, ggml_tensor * (llama_kv_cache::*build_input_rot)(ggml_context *) const) {
+    ggml_context * scratch = ggml_init({ ggml_tensor_overhead(), nullptr, /*no_alloc*/ true });
+    const bool     rotated = (cache.*build_input_rot)(scratch) != nullptr;
+    ggml_free(scratch);
+    return rotated;
+}
+
+void require_rotation(const char * side, ggml_type type, bool rotated, size_t bytes) {
+    const type_family * family = family_of(type);
+    if (family != nullptr && family->graph_rotates && !rotated && bytes > 0) {  // some models store no V
+        throw std::runtime_error(std::string("turbokv: ") + side + " cache type " + ggml_type_name(type) +
+                                 " stores rotated values, but llama.cpp does not rotate " + side +
+                                 " here (LLAMA_ATTN_ROT_DISABLE is set, or the head size differs between layers). "
+                                 "Unset the variable, or use a type that rotates by itself (tbq4, tbq3, tbq2; heads "
+                                 "of a multiple of 128 values), q8_0 or f16");
+    }
+}
+
 }  // namespace
 
 bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, ggml_type * type_v) {
@@ -77,28 +97,19 @@ bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, 
     return resolve("K", head_dim_k, type_k) && resolve("V", head_dim_v, type_v);
 }
 
-void turbokv_settle_rotation(const turbokv_side & k, const turbokv_side & v) {
-    bool ours = false;
-    for (const auto & side : { k, v }) {
-        const type_family * family = family_of(side.type);
-        if (family == nullptr || side.bytes == 0) {  // some models have a cache without layers, or without V
-            continue;
-        }
-        ours = true;
-        if (!family->graph_rotates) {
-            *side.rotate = false;
-        } else if (!*side.rotate) {
-            throw std::runtime_error(
-                std::string("turbokv: ") + side.name + " cache type " + ggml_type_name(side.type) +
-                " stores rotated values, but llama.cpp does not rotate " + side.name +
-                " here (LLAMA_ATTN_ROT_DISABLE is set, or the head size differs between layers). "
-                "Unset the variable, or use a type that rotates by itself (tbq4, tbq3, tbq2; heads "
-                "of a multiple of 128 values), q8_0 or f16");
-        }
-    }
-    if (ours) {  // a warning only in level: the tools hide libllama's info lines
-        LLAMA_LOG_WARN("turbokv: cache K %s %zu bytes, V %s %zu bytes\n", ggml_type_name(k.type), k.bytes,
-                       ggml_type_name(v.type), v.bytes);
+bool turbokv_graph_rotates(ggml_type type) {
+    const type_family * family = family_of(type);
+    return family == nullptr || family->graph_rotates;
+}
+
+void turbokv_check_cache(const llama_kv_cache & cache, ggml_type type_k, ggml_type type_v, size_t bytes_k,
+                         size_t bytes_v) {
+    require_rotation("K", type_k, rotates(cache, &llama_kv_cache::build_input_k_rot), bytes_k);
+    require_rotation("V", type_v, rotates(cache, &llama_kv_cache::build_input_v_rot), bytes_v);
+    if (bytes_k + bytes_v > 0 && (family_of(type_k) != nullptr || family_of(type_v) != nullptr)) {
+        // a warning only in level: the tools hide libllama's info lines
+        LLAMA_LOG_WARN("turbokv: cache K %s %zu bytes, V %s %zu bytes\n", ggml_type_name(type_k), bytes_k,
+                       ggml_type_name(type_v), bytes_v);
     }
 }
 

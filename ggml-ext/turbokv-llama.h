@@ -23,18 +23,15 @@ LLAMA_API size_t turbokv_cache_bytes(const struct llama_context * ctx);
 #ifdef __cplusplus
 }
 
-// One side of a KV cache as llama.cpp has set it up.
-struct turbokv_side {
-    const char * name;  // "K" or "V"
-    ggml_type    type;
-    bool *       rotate;  // whether the graph rotates before values are stored, and back
-    size_t       bytes;   // allocated
-};
+class llama_kv_cache;
 
-// For caches with a type of ours: turns the graph's rotation off for types that rotate by themselves, and logs
-// effective types and bytes, where the tools show it by default. Throws std::runtime_error, which refuses the
-// context, when values of the other types would be stored unrotated. Sides without bytes store nothing.
-void turbokv_settle_rotation(const turbokv_side & k, const turbokv_side & v);
+// Whether the graph may rotate the values of a cache type: false for our types that rotate by themselves.
+bool turbokv_graph_rotates(ggml_type type);
+
+// For caches with a type of ours: logs effective types and bytes, where the tools show it by default. Throws
+// std::runtime_error, which refuses the context, when values would be stored unrotated.
+void turbokv_check_cache(const llama_kv_cache & cache, ggml_type type_k, ggml_type type_v, size_t bytes_k,
+                         size_t bytes_v);
 
 // K-shift: k is a view of the first n_rot values of every cached head, [n_rot, n_head_kv, n_cells]. Quantized blocks
 // can only be rewritten whole, and the Hadamard transform runs over whole heads: returns the view with head_dim

@@ -6,11 +6,13 @@ The others are slow: build-hooks/ is a whole build of its own, in which one hook
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,9 +106,15 @@ BUILD_ENV = {**os.environ, "CC": "cc", "CXX": "c++", "CCACHE_BASEDIR": str(REPO)
 
 
 def run(*command: str | Path, env: dict[str, str] = BUILD_ENV) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3600, check=False
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+    try:
+        output, _ = process.communicate(timeout=3600)
+    finally:  # without its hook a server starts that its test expects to refuse, and that nobody stops
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 @pytest.fixture(scope="module")
