@@ -31,9 +31,20 @@ const type_family * family_of(ggml_type type) {
     return nullptr;
 }
 
-// head_dim: what the block has to divide, the greatest common divisor over the layers.
-bool resolve(const char * side, uint32_t head_dim, ggml_type * type) {
-    const type_family * family = family_of(*type);
+// What a block has to divide on one side of the cache.
+struct head_sizes {
+    uint32_t common = 0;  // greatest common divisor over the layers
+    bool     differ = false;
+
+    void add(uint32_t head_dim) {
+        differ = differ || (common != 0 && head_dim != common);
+        common = std::gcd(common, head_dim);
+    }
+};
+
+bool resolve(const char * side, const head_sizes & heads, ggml_type * type) {
+    const uint32_t      head_dim = heads.common;
+    const type_family * family   = family_of(*type);
     if (family == nullptr || head_dim % ggml_blck_size(*type) == 0) {
         return true;
     }
@@ -43,13 +54,13 @@ bool resolve(const char * side, uint32_t head_dim, ggml_type * type) {
         *type = family->block_64;
         return true;
     }
-    const bool turbo_fits = head_dim % 64 == 0;
+    const bool turbo_fits = head_dim % 64 == 0 && !heads.differ;  // else llama.cpp may not rotate
     LLAMA_LOG_ERROR(
         "turbokv: %s cache type %s needs heads of a multiple of %d values%s; "
-        "this model has head_dim %u. Types that work here: %s%sf16, bf16\n",
+        "this model has head_dim %u%s. Types that work here: %s%sf16, bf16\n",
         side, ggml_type_name(*type), family->graph_rotates ? 64 : 128,
         family->graph_rotates ? ", because llama.cpp rotates no others" : ", its block", head_dim,
-        turbo_fits ? "turbo4, turbo3, turbo2, " : "",
+        heads.differ ? " (common divisor of its layers)" : "", turbo_fits ? "turbo4, turbo3, turbo2, " : "",
         head_dim % 32 == 0 ? "q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, " : "");
     return false;
 }
@@ -86,15 +97,15 @@ bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, 
             "use q8_0, f16 or bf16 for K and V\n");
         return false;
     }
-    uint32_t head_dim_k = 0;
-    uint32_t head_dim_v = 0;
+    head_sizes k;
+    head_sizes v;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (hparams.has_kv(il)) {
-            head_dim_k = std::gcd(head_dim_k, hparams.n_embd_head_k(il));
-            head_dim_v = std::gcd(head_dim_v, hparams.n_embd_head_v(il));
+            k.add(hparams.n_embd_head_k(il));
+            v.add(hparams.n_embd_head_v(il));
         }
     }
-    return resolve("K", head_dim_k, type_k) && resolve("V", head_dim_v, type_v);
+    return resolve("K", k, type_k) && resolve("V", v, type_v);
 }
 
 bool turbokv_graph_rotates(ggml_type type) {
