@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,9 @@ def test_without_network_it_says_what_to_do_and_keeps_nothing(tmp_path: Path) ->
 
 
 def test_a_damaged_cached_release_is_not_used(tmp_path: Path) -> None:
-    archive = tmp_path / "cache" / "llama_cpp_python-0.3.36.tar.gz"
+    pin = re.search(r'PIN_VERSION +"([^"]+)"', (REPO / "ggml-ext" / "upstream.cmake").read_text())
+    assert pin
+    archive = tmp_path / "cache" / f"llama_cpp_python-{pin[1]}.tar.gz"
     archive.parent.mkdir()
     archive.write_bytes(b"half a download")
     run = configure(tmp_path / "build", f"-DTURBOKV_CACHE_DIR={archive.parent}", PIP_NO_INDEX="1", PIP_FIND_LINKS="")
