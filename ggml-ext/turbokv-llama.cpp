@@ -93,7 +93,7 @@ bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, 
     }
     if (hparams.is_mla() || model->arch == LLM_ARCH_DEEPSEEK4) {
         LLAMA_LOG_ERROR(
-            "turbokv: this model caches a latent vector (MLA), which llama.cpp does not rotate; "
+            "turbokv: this model caches a latent vector (MLA), which the turbokv types do not serve; "
             "use q8_0, f16 or bf16 for K and V\n");
         return false;
     }
@@ -103,6 +103,18 @@ bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, 
         if (hparams.has_kv(il)) {
             k.add(hparams.n_embd_head_k(il));
             v.add(hparams.n_embd_head_v(il));
+        }
+    }
+    if (hparams.indexer_head_size > 0) {
+        k.add(hparams.indexer_head_size);
+        const type_family * family = family_of(*type_k);
+        if (family != nullptr && family->graph_rotates) {
+            LLAMA_LOG_ERROR(
+                "turbokv: K cache type %s stores rotated values, but this model also caches the keys of an indexer, "
+                "which "
+                "llama.cpp does not rotate; use q8_0, f16 or bf16 for K\n",
+                ggml_type_name(*type_k));
+            return false;
         }
     }
     return resolve("K", k, type_k) && resolve("V", v, type_v);

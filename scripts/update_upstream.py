@@ -22,7 +22,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import urllib.parse
 import urllib.request
@@ -99,8 +98,7 @@ def write_at_once(path: Path, content: bytes) -> None:
 
 def unpack(archive: Path, folder: Path) -> Path:
     """Unpacks into an empty folder and returns the one folder in it."""
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(archive, folder)  # its SHA-256 is that of PyPI
     (unpacked,) = folder.iterdir()
     return unpacked
 

@@ -197,7 +197,7 @@ def _host_path(folder: Path) -> Path:
     assert compiler, "no C compiler"
     source, library = folder / "host_path.c", folder / "host_path.so"
     source.write_text(HOST_PATH)
-    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True, timeout=60)
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True, timeout=60)
     return library
 
 

@@ -1,6 +1,6 @@
 """Every architecture with every cache type: it works as it does with upstream's types, or our message says why not.
 
-`pytest -m slow tests/python/test_farm.py` prints a line of counts per type.
+`pytest -m slow tests/python/test_farm.py` prints a table: per type and side, how many models pass and are refused.
 """
 
 from __future__ import annotations
@@ -76,8 +76,10 @@ def all_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
 # --- what may happen
 
 Q4_0_MSE = 0.0074  # relative squared error of q4_0 on N(0, 1), as `relative_mse` is for our types
-COST_LIMIT = 15  # of one model; see cost_over_expected
-COST_MEDIAN = (0.5, 1.6)  # of all models
+# Limits of cost_over_expected. Levels in the wrong order cost more than 15 on nine of ten models; two neighbouring
+# levels swapped move the median to 2.3 and more.
+COST_LIMIT = 15  # of a model; found: at most 10
+COST_MEDIAN = (0.5, 1.6)  # of all models; found: 0.8 to 1.3
 
 
 def nmse(found: Outcome, f16: Outcome) -> float:
@@ -157,13 +159,16 @@ def test_upstream_copies_q8_0_states_on_the_device(mode: str, model: str, few: F
     assert passed.get("cp_d_s")
 
 
-# The models that no cache of a kind fits.
+# --- all of them
+
+# The models that some caches do not fit.
 LATENT = {
     *("bailingmoe3-moe", "deepseek2-moe", "deepseek32-moe", "deepseek4-moe", "dots3note-moe", "glm-dsa-moe"),
     *("glm5-next-moe", "hy_v4-moe", "kimi-k3-moe", "kimi-linear-moe", "mistral4-moe"),
 }
 HEADS_OF_80 = {"laguna-moe"}
 HEADS_OF_64 = {"afmoe-moe", "muse-glimmer-dense", "qwen3-dense"}
+INDEXED = {"minimax-m3-moe", "qwen4exp-moe"}  # their indexer's keys are stored unrotated, in the type of K
 NO_FLASH_ATTENTION = {"grok-moe"}
 
 
@@ -172,6 +177,8 @@ def expected_refusals(family: str, mode: str) -> dict[str, str]:
     expected = dict.fromkeys(LATENT, "latent vector (MLA)") | dict.fromkeys(HEADS_OF_80, "head_dim 80")
     if BY_NAME[family].rotation == "codec":
         expected |= dict.fromkeys(HEADS_OF_64, "head_dim 64")
+    elif mode != "V":
+        expected |= dict.fromkeys(INDEXED, "keys of an indexer")
     if mode != "K":
         expected |= dict.fromkeys(NO_FLASH_ATTENTION, "quantized V cache requires flash_attn")
     return expected
