@@ -55,6 +55,10 @@ def load_hooks(path: Path = HOOKS_FILE) -> list[Hook]:
         return [Hook(**entry) for entry in tomllib.load(file)["hook"]]
 
 
+def is_llama_cpp(source: Path) -> bool:
+    return (source / "ggml" / "include" / "ggml.h").is_file()
+
+
 def insert(hook: Hook, text: str) -> str:
     """Returns text with the hook's lines inserted. Raises HookError unless the anchor occurs exactly once."""
     anchor = hook.anchor.strip("\n")
@@ -150,7 +154,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="write the applied hooks as JSON")
     args = parser.parse_args()
 
-    if not (args.source / "ggml" / "include" / "ggml.h").is_file():
+    if not is_llama_cpp(args.source):
         print(f"apply_hooks.py: {args.source} is not a llama.cpp source tree (no ggml/include/ggml.h)", file=sys.stderr)
         return 2
     hooks = load_hooks()

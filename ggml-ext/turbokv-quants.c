@@ -96,29 +96,27 @@ static inline bool srht_negates(int j) {
     return (turbokv_srht_signs[j / 32] >> (j % 32)) & 1;
 }
 
+// Butterflies of all pairs of values that are `half` apart.
+#define TURBOKV_DEFINE_BUTTERFLIES(name, real)                                                                         \
+    static inline void name(real * v, int half) {                                                                      \
+        for (int i = 0; i < TURBOKV_SRHT_SIZE; i += 2 * half) {                                                        \
+            for (int j = i; j < i + half; ++j) {                                                                       \
+                const real low  = v[j];                                                                                \
+                const real high = v[j + half];                                                                         \
+                v[j]            = low + high;                                                                          \
+                v[j + half]     = low - high;                                                                          \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+TURBOKV_DEFINE_BUTTERFLIES(butterflies_f32, float)
+TURBOKV_DEFINE_BUTTERFLIES(butterflies_f64, double)
+
 // Unnormalized Walsh-Hadamard transform in natural order, in place: butterflies at distance 1, 2, 4, .. 64. Additions
 // only: the result is the same to the bit wherever the distances come in this order.
 static inline void hadamard_f64(double * v) {
     for (int half = 1; half < TURBOKV_SRHT_SIZE; half *= 2) {
-        for (int i = 0; i < TURBOKV_SRHT_SIZE; i += 2 * half) {
-            for (int j = i; j < i + half; ++j) {
-                const double low  = v[j];
-                const double high = v[j + half];
-                v[j]              = low + high;
-                v[j + half]       = low - high;
-            }
-        }
-    }
-}
-
-static inline void butterflies_f32(float * v, int half) {
-    for (int i = 0; i < TURBOKV_SRHT_SIZE; i += 2 * half) {
-        for (int j = i; j < i + half; ++j) {
-            const float low  = v[j];
-            const float high = v[j + half];
-            v[j]             = low + high;
-            v[j + half]      = low - high;
-        }
+        butterflies_f64(v, half);
     }
 }
 

@@ -29,9 +29,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = ROOT / "ggml-ext"
-sys.path.insert(0, str(EXTENSION))
+sys.path[:0] = [str(EXTENSION), str(ROOT / "python")]
 
-from apply_hooks import Hook, HookError, hooked_files, load_hooks  # noqa: E402
+from apply_hooks import Hook, HookError, hooked_files, is_llama_cpp, load_hooks  # noqa: E402
+from turbokv import data  # noqa: E402
+from turbokv.errors import TurbokvError  # noqa: E402
 
 PIN_FILE = EXTENSION / "upstream.cmake"
 UPSTREAM = ROOT / "build" / "upstream"  # where upstream.cmake unpacks the pinned release
@@ -40,7 +42,7 @@ PYPI = "https://pypi.org/pypi"
 CONTEXT = 4  # lines shown around a hook
 
 
-class UpdateError(Exception):
+class UpdateError(TurbokvError):
     """What stops the update, and what to do about it."""
 
 
@@ -73,8 +75,7 @@ def find_release(name: str, version: str | None) -> tuple[str, str, str]:
 
 def fetch(name: str, version: str, sha256: str) -> Path:
     """The archive of a release, checked. It is kept where upstream.cmake keeps the pinned one."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbokv"
-    archive = cache / f"{name.replace('-', '_')}-{version}.tar.gz"
+    archive = data.cache_dir() / f"{name.replace('-', '_')}-{version}.tar.gz"
     if archive.is_file() and hashlib.sha256(archive.read_bytes()).hexdigest() == sha256:
         return archive
     _, url, _ = find_release(name, version)
@@ -83,17 +84,8 @@ def fetch(name: str, version: str, sha256: str) -> Path:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise UpdateError(f"{url} has SHA-256 {found}, expected {sha256}; nothing of it was kept")
-    cache.mkdir(parents=True, exist_ok=True)
-    write_at_once(archive, content)
+    data.write_atomically(archive, content)
     return archive
-
-
-def write_at_once(path: Path, content: bytes) -> None:
-    """Replaces a file; whoever reads it meanwhile, or after a crash, finds the old or the new content."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
-        file.write(content)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -238,7 +230,7 @@ def run(*command: str | Path) -> None:
 
 def examine(tree: Path) -> None:
     """Reports what drifted from the pin. Raises UpdateError when the overlay does not fit the tree."""
-    if not (tree / "ggml" / "include" / "ggml.h").is_file():
+    if not is_llama_cpp(tree):
         raise UpdateError(f"{tree} is not a llama.cpp source tree (no ggml/include/ggml.h)")
     pinned, hooks = pinned_tree(), load_hooks()
     apply, free = report_hooks(pinned, tree, hooks), report_types(pinned, tree)
@@ -284,7 +276,7 @@ def update(version: str | None, commit: str | None, dry_run: bool) -> bool:
     if dry_run or changed == text:
         print("unchanged" if changed == text else "not written: --dry-run")
         return False
-    write_at_once(PIN_FILE, changed.encode())
+    data.write_atomically(PIN_FILE, changed.encode())
     print(f"written to {PIN_FILE}. Other places that name {old['TURBOKV_PIN_VERSION']}:", flush=True)
     if shutil.which("git"):
         subprocess.run(["git", "grep", "-nF", old["TURBOKV_PIN_VERSION"]], cwd=ROOT, check=False)
@@ -319,7 +311,7 @@ def main() -> int:
             if written and not args.no_gate:
                 run("scripts/test.sh")
                 run("pytest", "-m", "upstream")  # what was changed for the new pin still fits the second upstream
-    except UpdateError as error:
+    except TurbokvError as error:
         print(f"update_upstream.py: {error}", file=sys.stderr)
         if written:
             print("The new pin stays written; `git checkout ggml-ext/upstream.cmake` takes it back.", file=sys.stderr)

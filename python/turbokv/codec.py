@@ -126,11 +126,9 @@ def indices(kv_type: KVType, data: U8) -> U8:
 
 def dequantize(kv_type: KVType, data: U8) -> F32:
     """Decodes uint8 [..., k*block_bytes] to float32 [..., k*block]. Raises ValueError for a ragged last axis."""
+    index = indices(kv_type, data)
     blocks = _blocks(kv_type, data)
-    index = _unpack(kv_type, blocks[:, : kv_type.index_bytes])
     d = np.ascontiguousarray(blocks[:, kv_type.index_bytes :]).view(np.float16).astype(np.float32)
-    levels = np.asarray(kv_type.codebook, np.float32)[index]
-    rows = srht_signs(hadamard(levels)) * (d * SRHT_SCALE) if kv_type.rotation == "codec" else levels * d
-    return rows.astype(np.float32, copy=False).reshape(
-        *data.shape[:-1], data.shape[-1] // kv_type.block_bytes * kv_type.block
-    )
+    levels = np.asarray(kv_type.codebook, np.float32)[index].reshape(len(blocks), kv_type.block)
+    rows: F32 = srht_signs(hadamard(levels)) * (d * SRHT_SCALE) if kv_type.rotation == "codec" else levels * d
+    return rows.reshape(index.shape)

@@ -149,11 +149,11 @@ def hook_findings(source: Path) -> Iterator[Finding]:
 
     Only reads, and needs no build. Raises TurbokvError if `source` is no llama.cpp tree.
     """
-    if not (source / "ggml" / "include" / "ggml.h").is_file():
+    script = _apply_hooks()
+    if not script.is_llama_cpp(source):
         raise TurbokvError(
             f"{source} is no llama.cpp tree, it has no ggml/include/ggml.h: give the folder of a checkout"
         )
-    script = _apply_hooks()
     hooks = script.load_hooks()
     applied: list[object] = []
     for hook in hooks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,9 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "scripts"))
+
+from update_upstream import PIN_FILE, read_pin  # noqa: E402
 
 pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH")
 
@@ -77,9 +79,8 @@ def test_without_network_it_says_what_to_do_and_keeps_nothing(tmp_path: Path) ->
 
 
 def test_a_damaged_cached_release_is_not_used(tmp_path: Path) -> None:
-    pin = re.search(r'PIN_VERSION +"([^"]+)"', (REPO / "ggml-ext" / "upstream.cmake").read_text())
-    assert pin
-    archive = tmp_path / "cache" / f"llama_cpp_python-{pin[1]}.tar.gz"
+    version = read_pin(PIN_FILE.read_text())["TURBOKV_PIN_VERSION"]
+    archive = tmp_path / "cache" / f"llama_cpp_python-{version}.tar.gz"
     archive.parent.mkdir()
     archive.write_bytes(b"half a download")
     run = configure(tmp_path / "build", f"-DTURBOKV_CACHE_DIR={archive.parent}", PIP_NO_INDEX="1", PIP_FIND_LINKS="")

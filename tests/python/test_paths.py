@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -88,16 +89,8 @@ GetSubject = Callable[[str], Subject]
 @pytest.fixture(scope="module")
 def get_subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetSubject]:
     folder = tmp_path_factory.mktemp("paths")
-    opened = []
-
-    @cache
-    def open_subject(name: str) -> Subject:
-        opened.append(Subject(name, folder))
-        return opened[-1]
-
-    yield open_subject
-    for subject in opened:
-        subject.close()
+    with ExitStack() as opened:
+        yield cache(lambda name: opened.enter_context(Subject(name, folder)))
 
 
 def types_of(subject: str) -> list[str]:

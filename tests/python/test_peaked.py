@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 
 import numpy as np
@@ -43,16 +44,8 @@ def tokens() -> NDArray[np.int32]:
 @pytest.fixture(scope="module")
 def get_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GetModel]:
     folder = tmp_path_factory.mktemp("peaked")
-    opened = []
-
-    @cache
-    def open_model(name: str) -> Model:
-        opened.append(Model(MODELS[name].write(folder / f"{name}.gguf")))
-        return opened[-1]
-
-    yield open_model
-    for model in opened:
-        model.close()
+    with ExitStack() as opened:
+        yield cache(lambda name: opened.enter_context(Model(MODELS[name].write(folder / f"{name}.gguf"))))
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from measured import measured
 from numpy.typing import NDArray
-from turbokv import cache_type, data, engine, perplexity, testbed
+from turbokv import data, engine, perplexity, testbed
 from turbokv.errors import TurbokvError
 
 # --- profiles
@@ -244,17 +245,7 @@ CTX = 512
 
 
 def mean_klds(model_path: Path, caches: str) -> dict[str, float]:
-    with engine.Model(model_path) as model:
-        measurement = perplexity.measure(
-            model,
-            model.tokenize(data.read_text(None)),
-            cache_type.parse_pairs(caches),
-            n_ctx=CTX,
-            n_windows=1,
-            n_threads=engine.default_threads(),
-            with_kld=True,
-        )
-    return {record["cache"]: record["kld"]["mean"] for record in perplexity.records(measurement)}
+    return {cache: record["kld"]["mean"] for cache, record in measured(model_path, None, caches, CTX, 1).items()}
 
 
 def f16_logits(model_path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32]]:

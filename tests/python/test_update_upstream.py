@@ -18,6 +18,7 @@ sys.path.insert(0, str(REPO / "scripts"))
 
 import update_upstream  # noqa: E402
 from apply_hooks import Hook  # noqa: E402
+from turbokv import data  # noqa: E402
 from update_upstream import UpdateError, read_pin, with_pin  # noqa: E402
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -211,7 +212,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Path, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
-        update_upstream.write_at_once(path, b"new")
+        data.write_atomically(path, b"new")
     assert path.read_text() == "old"
 
 
