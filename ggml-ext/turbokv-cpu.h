@@ -7,6 +7,7 @@
 
 #include <stddef.h>
 
+#include "turbokv-attention.h"
 #include "turbokv-quants.h"
 
 #ifdef __cplusplus

@@ -139,7 +139,20 @@ include_directories(${PROJECT_SOURCE_DIR}/ggml-ext ${PROJECT_SOURCE_DIR}/ggml-ex
 add_subdirectory(${TURBOKV_LLAMA_DIR} ${CMAKE_BINARY_DIR}/llama.cpp-build EXCLUDE_FROM_ALL)
 
 target_sources(ggml-base PRIVATE ${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-quants.c)
-target_sources(ggml-cpu  PRIVATE ${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-cpu.c)
+# One CPU library, or with GGML_CPU_ALL_VARIANTS one per instruction set, from the same sources.
+get_property(targets DIRECTORY ${TURBOKV_LLAMA_DIR}/ggml/src PROPERTY BUILDSYSTEM_TARGETS)
+list(FILTER targets INCLUDE REGEX "^ggml-cpu(-[a-z0-9_.]+)?$")
+list(FILTER targets EXCLUDE REGEX "-feats$")
+set(TURBOKV_CPU_LIBRARIES ${targets})
+set(cpu_sources turbokv-cpu.c turbokv-tile.c turbokv-attention.c)
+list(TRANSFORM cpu_sources PREPEND ${PROJECT_SOURCE_DIR}/ggml-ext/)
+foreach (target ${TURBOKV_CPU_LIBRARIES})
+    target_sources(${target} PRIVATE ${cpu_sources})
+endforeach()
+if (NOT MSVC)   # the same bits on every instruction set: no multiply-add where the source has none
+    set_source_files_properties(${cpu_sources} TARGET_DIRECTORY ${TURBOKV_CPU_LIBRARIES}
+        PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+endif()
 target_sources(llama     PRIVATE ${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cpp)
 set_source_files_properties(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cpp
     TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
@@ -147,7 +160,7 @@ set_source_files_properties(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cpp
 # 4. What we build of it and what the wheel carries: tools, their libraries, the facts of the build, the bindings.
 set(TURBOKV_TOOLS llama-server llama-cli llama-bench llama-perplexity llama-quantize llama-gguf-split ggml-rpc-server)
 set(TURBOKV_LIBRARIES
-    ggml-base ggml-cpu ggml-rpc ggml llama llama-common mtmd
+    ggml-base ${TURBOKV_CPU_LIBRARIES} ggml-rpc ggml llama llama-common mtmd
     llama-server-impl llama-cli-impl llama-bench-impl llama-perplexity-impl llama-quantize-impl)
 foreach (target ${TURBOKV_TOOLS} ${TURBOKV_LIBRARIES})
     if (NOT TARGET ${target})

@@ -84,6 +84,9 @@ def tables() -> str:
             f"static const float  turbokv_{table.name}[{len(table.levels)}] = {{ {levels} }};\n"
             f"static const double turbokv_{table.name}_thresholds[{len(table.thresholds)}] = {{ {thresholds} }};\n"
         )
+        # Short tables repeat: any index of four bits gives a level.
+        int8_levels = ", ".join(str(level) for level in table.int8_levels * (16 // len(table.levels)))
+        out.append(f"static const int8_t turbokv_{table.name}_int8[16] = {{ {int8_levels} }};\n")
     signs = ", ".join(f"{word:#010x}" for word in SRHT_SIGNS)
     scale = f"{codec.SRHT_SCALE!s}f"
     out.append(
@@ -101,6 +104,22 @@ def codec_prototypes(t: KVType) -> str:
     return (
         f"GGML_API void quantize_row_{t.name}_ref({x}, {block} y, int64_t k);\n"
         f"GGML_API void dequantize_row_{t.name}(const {block} x, {y}, int64_t k);\n"
+    )
+
+
+def int8_format(t: KVType) -> str:
+    """Rows of turbokv_int8_format() in turbokv-tile.c."""
+    stream = t.packing == "stream"
+    packing = "STREAM3" if stream and t.index_bits == 3 else "PLANE" + "".join(str(p.bits) for p in t.planes)
+    plane = t.block // 8 if packing == "STREAM3" else t.block * t.planes[0].bits // 8
+    flags = f"{str(stream).lower()}, {str(t.rotation == 'codec').lower()}"
+    return (
+        f"case {enum_name(t)}: {{\n"
+        f"    static const struct int8_format format = {{\n"
+        f"        PACKING_{packing}, {t.block}, {t.block_bytes}, 0, {t.index_bytes}, {t.index_bytes}, {plane}, {flags},\n"
+        f"        false, {np.float32(t.table.int8_step)!s}f, turbokv_{t.table.name}_int8,\n"
+        f"    }};\n"
+        f"    return &format;\n}}\n"
     )
 
 
@@ -197,6 +216,7 @@ def wanted() -> dict[str, bytes]:
         "turbokv-tables.h": tables(),
         "turbokv-codecs.inc": rows(codec_prototypes),
         "turbokv-vec-dots.inc": rows(vec_dot_prototype),
+        "turbokv-int8-formats.inc": rows(int8_format),
         "turbokv-type-enum.inc": type_enum(),
         "turbokv-traits.inc": rows(traits),
         "turbokv-traits-cpu.inc": rows(traits_cpu),

@@ -1,0 +1,751 @@
+// Flash attention over a quantized KV cache.
+//
+// Each K and V row is decoded once for all query heads of its group, into tiles of TILE keys (turbokv-tile.h). Scores
+// are int8 dot products: the query gets one scale per block of K. Probabilities times the scales of V become 14-bit
+// integers, and V is summed in integers, too; only the softmax and the sums over tiles are in float. Types that do not
+// fit into int8 tiles take the same way with float tiles.
+//
+// Batch invariance: keys are cut into chunks at fixed places, a chunk is summed tile by tile, and chunks are merged in
+// order. Threads share either blocks of rows, each of which one thread takes through all chunks, or, where there are
+// few rows, blocks and chunks. Both do the same additions in the same order.
+//
+// Truth: float64 attention over dequantized rows, tests/c/test-turbokv-attention.c, which also states the error bounds.
+
+#include "turbokv-attention.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "ggml-cpu-impl.h"
+#include "turbokv-simd.h"
+#include "turbokv-srht.h"
+#include "turbokv-tile.h"
+
+enum {
+    ROWS        = 64,        // query rows that share a decoded tile
+    CHUNK       = 8 * TILE,  // keys
+    ROW_GROUP   = 4,         // query rows that are multiplied with K at a time
+    PROB_BITS   = 14,        // of a probability, in two factors of 7
+    HEADER      = 2,         // floats before the accumulator of a partial result: maximum, sum
+    MAX_THREADS_SHARE = 4,   // blocks of rows per thread from which on chunks are not shared out
+};
+
+#if defined(__GNUC__)
+#    define TURBOKV_INLINE static inline __attribute__((always_inline))
+#else
+#    define TURBOKV_INLINE static inline
+#endif
+
+struct attention {
+    const struct ggml_tensor * q;     // [dk, n_q, n_head, n_seq] f32
+    const struct ggml_tensor * k;     // [dk, n_kv, n_head_kv, n_seq_kv]
+    const struct ggml_tensor * v;     // [dv, n_kv, n_head_kv, n_seq_kv]
+    const struct ggml_tensor * mask;  // [n_kv, n_q, 1 or n_head, 1 or n_seq] f16, or NULL
+    const float *              sinks; // [n_head], or NULL
+    struct ggml_tensor *       dst;   // [dv, n_head, n_q, n_seq] f32
+
+    const struct int8_format * kf;  // NULL: float tiles
+    const struct int8_format * vf;
+
+    int   dk, dv, k_blocks, v_blocks;
+    int   n_q, n_kv, n_head, n_head_kv, n_seq;
+    int   group;   // query heads per KV head
+    int   n_rows;  // query rows per KV head and sequence; row = position * group + head of the group
+    int   row_blocks, chunks;
+    float scale, softcap, max_bias;
+};
+
+// What a thread needs for one block of rows.
+struct scratch {
+    uint32_t * q_int8;    // [ROWS][dk / 4], in tile order
+    int32_t *  q_offset;  // [ROWS][k_blocks]: takes TURBOKV_K_OFFSET out of the dot products
+    float *    q_scale;   // [ROWS][k_blocks]
+    float *    q_float;   // [ROWS][dk]: float K tiles
+    float *    slope;     // [ROWS]: of ALiBi
+    float *    mask;      // [ROWS][TILE], one row per slot: see read_mask
+    void *     k_tile;
+    float *    k_scale;
+    void *     v_tile;
+    float *    v_scale;
+    uint64_t * v_bad;
+    float *    row;    // [max(dk, dv)]
+    float *    chunk;  // [ROWS][HEADER + dv]: of the present chunk
+    float *    total;  // [ROWS][HEADER + dv]: of all chunks before
+};
+
+static bool set_up(struct attention * a, const struct ggml_tensor * dst) {
+    const struct ggml_tensor * q = dst->src[0];
+    const struct ggml_tensor * k = dst->src[1];
+    const struct ggml_tensor * v = dst->src[2];
+
+#if !defined(TURBOKV_ATTENTION_FOR_ALL_TYPES)
+    if (k->type < GGML_TYPE_TURBOKV_FIRST && v->type < GGML_TYPE_TURBOKV_FIRST) {
+        return false;
+    }
+#endif
+    if (q->type != GGML_TYPE_F32 || k->ne[0] % 32 != 0 || v->ne[0] % 32 != 0 || k->ne[2] != v->ne[2] ||
+        k->ne[3] != v->ne[3]) {
+        return false;
+    }
+    *a = (struct attention) {
+        .q         = q,
+        .k         = k,
+        .v         = v,
+        .mask      = dst->src[3],
+        .sinks     = dst->src[4] ? dst->src[4]->data : NULL,
+        .dst       = (struct ggml_tensor *) dst,
+        .kf        = turbokv_int8_format(k->type),
+        .vf        = turbokv_int8_format(v->type),
+        .dk        = (int) k->ne[0],
+        .dv        = (int) v->ne[0],
+        .n_q       = (int) q->ne[1],
+        .n_kv      = (int) k->ne[1],
+        .n_head    = (int) q->ne[2],
+        .n_head_kv = (int) k->ne[2],
+        .n_seq     = (int) q->ne[3],
+        .group     = (int) (q->ne[2] / k->ne[2]),
+    };
+    if (a->vf && a->vf->signed_scale) {
+        a->vf = NULL;  // probabilities times scales are unsigned integers
+    }
+    a->k_blocks   = a->kf ? a->dk / a->kf->block : 1;
+    a->v_blocks   = a->vf ? a->dv / a->vf->block : 1;
+    a->n_rows     = a->group * a->n_q;
+    a->row_blocks = (a->n_rows + ROWS - 1) / ROWS;
+    a->chunks     = (a->n_kv + CHUNK - 1) / CHUNK;
+    memcpy(&a->scale, (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&a->max_bias, (const float *) dst->op_params + 1, sizeof(float));
+    memcpy(&a->softcap, (const float *) dst->op_params + 2, sizeof(float));
+    if (a->softcap != 0.0f) {
+        a->scale /= a->softcap;
+    }
+    return true;
+}
+
+// ---- memory
+
+static void * take(char ** at, size_t bytes) {
+    char * taken = *at;
+    *at += (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+// Lays out a thread's scratch from `base` on, which may be NULL, and returns its size.
+static size_t lay_out(const struct attention * a, char * base, struct scratch * s) {
+    char * at   = base;
+    s->q_int8   = take(&at, a->kf ? (size_t) ROWS * a->dk : 0);
+    s->q_offset = take(&at, sizeof(int32_t) * ROWS * a->k_blocks);
+    s->q_scale  = take(&at, sizeof(float) * ROWS * a->k_blocks);
+    s->q_float  = take(&at, a->kf ? 0 : sizeof(float) * ROWS * a->dk);
+    s->slope    = take(&at, sizeof(float) * ROWS);
+    s->mask     = take(&at, sizeof(float) * ROWS * TILE);
+    s->k_tile   = take(&at, (a->kf ? 1 : sizeof(float)) * TILE * a->dk);
+    s->k_scale  = take(&at, sizeof(float) * TILE * a->k_blocks);
+    s->v_tile   = take(&at, (a->vf ? 1 : sizeof(float)) * TILE * a->dv);
+    s->v_scale  = take(&at, sizeof(float) * TILE * a->v_blocks);
+    s->v_bad    = take(&at, sizeof(uint64_t) * a->v_blocks);
+    s->row      = take(&at, sizeof(float) * (a->dk > a->dv ? a->dk : a->dv));
+    s->chunk    = take(&at, sizeof(float) * ROWS * (HEADER + a->dv));
+    s->total    = take(&at, sizeof(float) * ROWS * (HEADER + a->dv));
+    return (size_t) (at - base);
+}
+
+// Few rows: threads share out the chunks, too, and their results meet in memory.
+static bool chunks_are_shared(const struct attention * a, int n_threads) {
+    const int64_t blocks = (int64_t) a->n_seq * a->n_head_kv * a->row_blocks;
+    return n_threads > 1 && a->chunks > 1 && blocks < MAX_THREADS_SHARE * n_threads;
+}
+
+static size_t partial_bytes(const struct attention * a, int n_threads) {
+    const size_t rows = (size_t) a->n_seq * a->n_head_kv * a->n_rows;
+    return chunks_are_shared(a, n_threads) ? rows * a->chunks * (HEADER + a->dv) * sizeof(float) : 0;
+}
+
+// Place of the result of (sequence, KV head, row, chunk) in the memory where they meet.
+static float * partial_at(const struct attention * a, float * partials, int seq, int head_kv, int row, int chunk) {
+    const size_t index = (((size_t) seq * a->n_head_kv + head_kv) * a->n_rows + row) * a->chunks + chunk;
+    return partials + index * (HEADER + a->dv);
+}
+
+// ---- float functions
+
+// exp(x) for x <= 88, 0 below -87; relative error 2e-7. exp(n ln 2 + r) = 2^n (1 + r + r^2 P(r)), |r| <= ln(2) / 2; P is the
+// minimax polynomial of degree 3 for the relative error.
+static inline vf vf_exp(vf x) {
+    const vi n = vi_round(vf_mul(x, vf_set1(1.44269504f)));
+    const vf m = vf_from_int(n);
+    const vf r = vf_sub(vf_sub(x, vf_mul(m, vf_set1(0.693359375f))), vf_mul(m, vf_set1(-2.12194440e-4f)));
+    vf       p = vf_set1(0.008312521f);
+    p          = vf_add(vf_mul(p, r), vf_set1(0.041890156f));
+    p          = vf_add(vf_mul(p, r), vf_set1(0.16667114f));
+    p          = vf_add(vf_mul(p, r), vf_set1(0.4999923f));
+    p          = vf_add(vf_add(vf_mul(vf_mul(r, r), p), r), vf_set1(1.0f));
+    const vf y = vf_mul(p, vf_bits(vi_shl(vi_add(n, vi_set1(127)), 23)));
+    return vf_select_lt(x, vf_set1(-87.0f), vf_set1(0.0f), y);
+}
+
+static inline float exp_one(float x) {
+    float lanes[VEC_LANES];
+    vf_store(lanes, vf_exp(vf_set1(x)));
+    return lanes[0];
+}
+
+// 1 - 2 / (exp(2x) + 1); absolute error 2e-7. tanh(10) is 1 in float.
+static inline vf vf_tanh(vf x) {
+    x = vf_select_lt(x, vf_set1(-10.0f), vf_set1(-10.0f), x);
+    x = vf_select_lt(vf_set1(10.0f), x, vf_set1(10.0f), x);
+    const vf e = vf_exp(vf_add(x, x));
+    return vf_sub(vf_set1(1.0f), vf_div(vf_set1(2.0f), vf_add(e, vf_set1(1.0f))));
+}
+
+static inline float lanes_max(vf x) {
+    float lanes[VEC_LANES];
+    vf_store(lanes, x);
+    for (int width = VEC_LANES / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) {
+            lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+        }
+    }
+    return lanes[0];
+}
+
+// The same tree for every number of lanes: 16 sums of every sixteenth value, then halves.
+static inline float tile_sum(const float * x) {
+    float sums[16];
+    for (int i = 0; i < 16; i += VEC_LANES) {
+        vf sum = vf_load(x + i);
+        for (int j = 16; j < TILE; j += 16) {
+            sum = vf_add(sum, vf_load(x + j + i));
+        }
+        vf_store(sums + i, sum);
+    }
+    for (int width = 8; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) {
+            sums[i] += sums[i + width];
+        }
+    }
+    return sums[0];
+}
+
+// ---- query
+
+static float slope_of(const struct attention * a, int head) {
+    if (a->max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int   n    = 1 << (int) floor(log2(a->n_head));
+    const float base = powf(2.0f, -(head < n ? a->max_bias : a->max_bias / 2.0f) / n);
+    return powf(base, head < n ? head + 1 : 2 * (head - n) + 1);
+}
+
+// One block of K's values: to int8, at most 127 in magnitude, in tile order. x is rotated in place if K is.
+static void quantize_query(const struct attention * a, float * x, int8_t * q, float * scale, int32_t * offset) {
+    const struct int8_format * f = a->kf;
+    if (f->rotates) {
+        turbokv_srht(x);
+    }
+    float max = 0.0f;
+    bool  bad = false;
+    for (int i = 0; i < f->block; ++i) {
+        max = fmaxf(max, fabsf(x[i]));
+        bad |= !isfinite(x[i]);
+    }
+    const float inverse = max > 0.0f && !bad ? 127.0f / max : 0.0f;
+    int         sum     = 0;
+    for (int p = 0; p < f->block; ++p) {
+        const float value = x[turbokv_tile_order(f, p)];
+        q[p]              = bad ? 0 : (int8_t) lrintf(value * inverse);
+        sum += q[p];
+    }
+    *scale  = bad ? NAN : max / 127.0f * a->scale;
+    *offset = -TURBOKV_K_OFFSET * sum;
+}
+
+static void load_query(const struct attention * a, struct scratch * s, int seq, int head_kv, int row0, int n) {
+    for (int i = 0; i < n; ++i) {
+        const int    position = (row0 + i) / a->group;
+        const int    head     = head_kv * a->group + (row0 + i) % a->group;
+        s->slope[i] = slope_of(a, head);
+
+        const char * data =
+            (const char *) a->q->data + position * a->q->nb[1] + head * a->q->nb[2] + seq * a->q->nb[3];
+        if (!a->kf) {
+            float * q = s->q_float + i * a->dk;
+            memcpy(q, data, a->dk * sizeof(float));
+            for (int d = 0; d < a->dk; ++d) {
+                q[d] *= a->scale;
+            }
+            continue;
+        }
+        memcpy(s->row, data, a->dk * sizeof(float));
+        for (int b = 0; b < a->k_blocks; ++b) {
+            quantize_query(a, s->row + b * a->kf->block, (int8_t *) s->q_int8 + i * a->dk + b * a->kf->block,
+                           &s->q_scale[i * a->k_blocks + b], &s->q_offset[i * a->k_blocks + b]);
+        }
+    }
+}
+
+// ---- mask
+
+enum visibility { HIDDEN, PLAIN, MASKED };  // no key; every key with mask 0; read the mask
+
+// Rows whose masks are the same share a slot: the heads of a position, unless the mask has heads of its own.
+static int slot_of(const struct attention * a, int row0, int i) {
+    return a->mask && a->mask->ne[2] > 1 ? i : (row0 + i) / a->group - row0 / a->group;
+}
+
+// The mask of `n_keys` keys from key0 on for one slot. Keys behind the last are hidden.
+static enum visibility read_mask(const ggml_fp16_t * in, int n_keys, float * out) {
+    ggml_fp16_t half[TILE];
+    int         any_bit = 0;
+    if (n_keys == TILE && in) {
+        for (int i = 0; i < TILE; ++i) {
+            any_bit |= in[i];
+        }
+    }
+    if (n_keys == TILE && any_bit == 0) {
+        return PLAIN;
+    }
+    for (int i = 0; i < TILE; ++i) {
+        half[i] = i >= n_keys ? 0xfc00 : in ? in[i] : 0;  // minus infinity
+    }
+    vf max = vf_set1(-INFINITY);
+    for (int i = 0; i < TILE; i += VEC_LANES) {
+        const vf m = vf_half(half + i);
+        max        = vf_max(max, m);
+        vf_store(out + i, m);
+    }
+    return lanes_max(max) == -INFINITY ? HIDDEN : MASKED;
+}
+
+// ---- scores
+
+// Scores of `n` query rows (their indices in `rows`) with a tile of int8 K.
+TURBOKV_INLINE void scores_int8_rows(const struct attention * a, const struct scratch * s, const int n,
+                                     const int * rows, float (*score)[TILE]) {
+    enum { VECTORS = VEC_LANES == 8 ? 2 : 4, KEYS = VECTORS * VEC_LANES };  // as many as registers allow
+
+    const int        words = a->kf->block / 4;
+    const uint32_t * tile  = s->k_tile;
+    for (int key = 0; key < TILE; key += KEYS) {
+        for (int b = 0; b < a->k_blocks; ++b) {
+            const uint32_t * q[ROW_GROUP];
+            vi               sum[ROW_GROUP][VECTORS];
+            for (int r = 0; r < n; ++r) {
+                q[r] = s->q_int8 + rows[r] * (a->dk / 4) + b * words;
+                for (int j = 0; j < VECTORS; ++j) {
+                    sum[r][j] = vi_set1((uint32_t) s->q_offset[rows[r] * a->k_blocks + b]);
+                }
+            }
+            for (int c = 0; c < words; ++c) {
+                const uint32_t * k = tile + (b * words + c) * TILE + key;
+                for (int j = 0; j < VECTORS; ++j) {
+                    const vi kj = vi_load(k + j * VEC_LANES);
+                    for (int r = 0; r < n; ++r) {
+                        sum[r][j] = vi_dot_k(sum[r][j], kj, vi_set1(q[r][c]));
+                    }
+                }
+            }
+            for (int r = 0; r < n; ++r) {
+                const vf scale = vf_set1(s->q_scale[rows[r] * a->k_blocks + b]);
+                for (int j = 0; j < VECTORS; ++j) {
+                    float *  out = score[r] + key + j * VEC_LANES;
+                    const vf d   = vf_load(s->k_scale + b * TILE + key + j * VEC_LANES);
+                    const vf x   = vf_mul(vf_mul(vf_from_int(sum[r][j]), scale), d);
+                    vf_store(out, b == 0 ? x : vf_add(vf_load(out), x));
+                }
+            }
+        }
+    }
+}
+
+// The same with a tile of float K.
+TURBOKV_INLINE void scores_float_rows(const struct attention * a, const struct scratch * s, const int n,
+                                      const int * rows, float (*score)[TILE]) {
+    enum { VECTORS = VEC_LANES == 8 ? 2 : 4, KEYS = VECTORS * VEC_LANES };
+
+    for (int key = 0; key < TILE; key += KEYS) {
+        const float * q[ROW_GROUP];
+        vf            sum[ROW_GROUP][VECTORS];
+        for (int r = 0; r < n; ++r) {
+            q[r] = s->q_float + rows[r] * a->dk;
+            for (int j = 0; j < VECTORS; ++j) {
+                sum[r][j] = vf_set1(0.0f);
+            }
+        }
+        for (int d = 0; d < a->dk; ++d) {
+            const float * k = (const float *) s->k_tile + d * TILE + key;
+            for (int j = 0; j < VECTORS; ++j) {
+                const vf kj = vf_load(k + j * VEC_LANES);
+                for (int r = 0; r < n; ++r) {
+                    sum[r][j] = vf_fma(vf_set1(q[r][d]), kj, sum[r][j]);
+                }
+            }
+        }
+        for (int r = 0; r < n; ++r) {
+            for (int j = 0; j < VECTORS; ++j) {
+                vf_store(score[r] + key + j * VEC_LANES, sum[r][j]);
+            }
+        }
+    }
+}
+
+// A row's result does not depend on the rows beside it: only speed does.
+static void scores(const struct attention * a, const struct scratch * s, int n, const int * rows,
+                   float (*score)[TILE]) {
+    if (n == ROW_GROUP) {
+        if (a->kf) {
+            scores_int8_rows(a, s, ROW_GROUP, rows, score);
+        } else {
+            scores_float_rows(a, s, ROW_GROUP, rows, score);
+        }
+        return;
+    }
+    for (int r = 0; r < n; ++r) {
+        if (a->kf) {
+            scores_int8_rows(a, s, 1, rows + r, score + r);
+        } else {
+            scores_float_rows(a, s, 1, rows + r, score + r);
+        }
+    }
+}
+
+// ---- softmax
+
+// Turns scores into exp(score - maximum), in place, and brings `state` (maximum, sum) up to date. Hidden keys become
+// exactly 0. Returns the factor for what was summed before.
+static float softmax(const struct attention * a, float * score, const float * mask, float slope, float * state) {
+    vf max = vf_set1(-INFINITY);
+    for (int i = 0; i < TILE; i += VEC_LANES) {
+        vf x = vf_load(score + i);
+        if (a->softcap != 0.0f) {
+            x = vf_mul(vf_tanh(x), vf_set1(a->softcap));
+        }
+        if (mask) {
+            const vf m = vf_mul(vf_load(mask + i), vf_set1(slope));
+            x          = vf_select_lt(m, vf_set1(-FLT_MAX), vf_set1(-INFINITY), vf_add(x, m));
+        }
+        vf_store(score + i, x);
+        max = vf_max(max, x);
+    }
+    const float before  = state[0];
+    const float tile    = lanes_max(max);
+    const float now     = before > tile ? before : tile;
+    const float rescale = before == now ? 1.0f : exp_one(before - now);
+    for (int i = 0; i < TILE; i += VEC_LANES) {
+        vf_store(score + i, vf_exp(vf_sub(vf_load(score + i), vf_set1(now))));
+    }
+    state[0] = now;
+    state[1] = state[1] * rescale + tile_sum(score);
+    return rescale;
+}
+
+// ---- values
+
+// sum = sum * rescale + step * (the tile's sum of probability * value) for VECTORS * VEC_LANES places.
+TURBOKV_INLINE void values_int8_places(const int vectors, const uint32_t * high, const uint32_t * low,
+                                       const uint32_t * tile, int stride, float step, float rescale, float * sum) {
+    vi h[8];
+    vi l[8];
+    for (int j = 0; j < vectors; ++j) {
+        h[j] = l[j] = vi_set1(0);
+    }
+    for (int quad = 0; quad < TILE / 4; ++quad) {
+        const vi ph = vi_set1(high[quad]);
+        const vi pl = vi_set1(low[quad]);
+        for (int j = 0; j < vectors; ++j) {
+            const vi v = vi_load(tile + quad * stride + j * VEC_LANES);
+            h[j]       = vi_dot_v(h[j], ph, v);
+            l[j]       = vi_dot_v(l[j], pl, v);
+        }
+    }
+    for (int j = 0; j < vectors; ++j) {
+        const vf x   = vf_mul(vf_from_int(vi_add(vi_shl(h[j], PROB_BITS / 2), l[j])), vf_set1(step));
+        float *  out = sum + j * VEC_LANES;
+        vf_store(out, vf_add(vf_mul(vf_load(out), vf_set1(rescale)), x));
+    }
+}
+
+TURBOKV_INLINE void values_float_places(const int vectors, const float * prob, const float * tile, int stride,
+                                        float rescale, float * sum) {
+    vf x[8];
+    for (int j = 0; j < vectors; ++j) {
+        x[j] = vf_set1(0.0f);
+    }
+    for (int key = 0; key < TILE; ++key) {
+        if (prob[key] == 0.0f) {
+            continue;  // a hidden value may be NaN
+        }
+        for (int j = 0; j < vectors; ++j) {
+            x[j] = vf_fma(vf_set1(prob[key]), vf_load(tile + key * stride + j * VEC_LANES), x[j]);
+        }
+    }
+    for (int j = 0; j < vectors; ++j) {
+        float * out = sum + j * VEC_LANES;
+        vf_store(out, vf_add(vf_mul(vf_load(out), vf_set1(rescale)), x[j]));
+    }
+}
+
+// Probabilities times the scales of V as integers in two factors of 7 bits; returns what one unit is worth.
+static float quantize_probabilities(const float * prob, const float * scale, uint64_t bad, uint8_t * high,
+                                    uint8_t * low) {
+    const float largest = (1 << PROB_BITS) - 1;
+
+    vf max = vf_set1(0.0f);
+    for (int i = 0; i < TILE; i += VEC_LANES) {
+        max = vf_max(max, vf_mul(vf_load(prob + i), vf_load(scale + i)));
+    }
+    const float top     = lanes_max(max);
+    const bool  any     = top > 1e-30f;  // below, 1 / top would overflow; fp16 scales end at 6e-8
+    const float inverse = any ? largest / top : 0.0f;
+    for (int i = 0; i < TILE; i += VEC_LANES) {
+        const vf w = vf_mul(vf_load(prob + i), vf_load(scale + i));
+        const vi p = vi_round(vf_mul(w, vf_set1(inverse)));
+        vi_store_bytes(high + i, vi_and(vi_shr(p, PROB_BITS / 2), vi_set1(127)));
+        vi_store_bytes(low + i, vi_and(p, vi_set1(127)));
+    }
+    for (int i = 0; bad != 0; ++i, bad >>= 1) {
+        if ((bad & 1) && prob[i] != 0.0f) {
+            return NAN;
+        }
+    }
+    return any ? top / largest : 0.0f;
+}
+
+// Calls places() for blocks of `n` places in the largest groups of vectors that registers allow.
+#define TURBOKV_FOR_PLACES(n, places)                              \
+    do {                                                           \
+        const int vectors = (n) / VEC_LANES;                       \
+        int       j       = 0;                                     \
+        for (; VEC_LANES != 8 && j + 8 <= vectors; j += 8) {       \
+            places(8);                                             \
+        }                                                          \
+        for (; j + 4 <= vectors; j += 4) {                         \
+            places(4);                                             \
+        }                                                          \
+        for (; j + 2 <= vectors; j += 2) {                         \
+            places(2);                                             \
+        }                                                          \
+    } while (0)
+
+static void values(const struct attention * a, const struct scratch * s, const float * prob, float rescale,
+                   float * sum) {
+    if (!a->vf) {
+        const float * tile = s->v_tile;
+#define PLACES(n) values_float_places(n, prob, tile + j * VEC_LANES, a->dv, rescale, sum + j * VEC_LANES)
+        TURBOKV_FOR_PLACES(a->dv, PLACES);
+#undef PLACES
+        return;
+    }
+    for (int b = 0; b < a->v_blocks; ++b) {
+        uint32_t         high[TILE / 4];
+        uint32_t         low[TILE / 4];
+        const float      step = quantize_probabilities(prob, s->v_scale + b * TILE, s->v_bad[b], (uint8_t *) high,
+                                                       (uint8_t *) low);
+        const uint32_t * tile = (const uint32_t *) s->v_tile + b * a->vf->block;
+        float *          out  = sum + b * a->vf->block;
+#define PLACES(n) \
+    values_int8_places(n, high, low, tile + j * VEC_LANES, a->dv, step, rescale, out + j * VEC_LANES)
+        TURBOKV_FOR_PLACES(a->vf->block, PLACES);
+#undef PLACES
+    }
+}
+
+// ---- a block of rows and a chunk of keys
+
+static struct tile_source keys_of(const struct ggml_tensor * t, const struct int8_format * f, int key, int n_keys,
+                                  int head, int seq) {
+    return (struct tile_source) {
+        .type   = t->type,
+        .format = f,
+        .data   = (const char *) t->data + key * t->nb[1] + head * t->nb[2] + seq * t->nb[3],
+        .stride = t->nb[1],
+        .n      = (int) t->ne[0],
+        .n_keys = n_keys,
+    };
+}
+
+static void reset(const struct attention * a, float * states, int n) {
+    for (int i = 0; i < n; ++i) {
+        float * state = states + i * (HEADER + a->dv);
+        memset(state, 0, sizeof(float) * (HEADER + a->dv));
+        state[0] = -INFINITY;
+    }
+}
+
+// Attention of the loaded query rows over one chunk, into s->chunk.
+static void attend(const struct attention * a, struct scratch * s, int seq, int head_kv, int row0, int n, int chunk) {
+    const int seq_kv = (int) (seq / (a->n_seq / a->k->ne[3]));
+    const int last   = (chunk + 1) * CHUNK < a->n_kv ? (chunk + 1) * CHUNK : a->n_kv;
+    reset(a, s->chunk, n);
+
+    for (int key0 = chunk * CHUNK; key0 < last; key0 += TILE) {
+        const int       n_keys = last - key0 < TILE ? last - key0 : TILE;
+        enum visibility seen[ROWS];  // by slot
+        int             rows[ROWS];  // that see a key
+        int             n_seen = 0;
+        for (int i = 0, n_slots = 0; i < n; ++i) {
+            const int slot = slot_of(a, row0, i);
+            if (slot == n_slots) {
+                const ggml_fp16_t * in = NULL;
+                if (a->mask) {
+                    const int position = (row0 + i) / a->group;
+                    const int head     = head_kv * a->group + (row0 + i) % a->group;
+                    in = (const ggml_fp16_t *) ((const char *) a->mask->data + position * a->mask->nb[1] +
+                                                head % a->mask->ne[2] * a->mask->nb[2] +
+                                                seq % a->mask->ne[3] * a->mask->nb[3]) +
+                         key0;
+                }
+                seen[slot] = read_mask(in, n_keys, s->mask + slot * TILE);
+                n_slots++;
+            }
+            if (seen[slot] != HIDDEN) {
+                rows[n_seen++] = i;
+            }
+        }
+        if (n_seen == 0) {
+            continue;
+        }
+        const struct tile_source k = keys_of(a->k, a->kf, key0, n_keys, head_kv, seq_kv);
+        const struct tile_source v = keys_of(a->v, a->vf, key0, n_keys, head_kv, seq_kv);
+        if (a->kf) {
+            turbokv_k_tile_int8(&k, s->k_tile, s->k_scale);
+        } else {
+            turbokv_k_tile_float(&k, s->k_tile, s->row);
+        }
+        if (a->vf) {
+            turbokv_v_tile_int8(&v, s->v_tile, s->v_scale, s->v_bad);
+        } else {
+            turbokv_v_tile_float(&v, s->v_tile);
+        }
+        for (int first = 0; first < n_seen; first += ROW_GROUP) {
+            const int n_group = n_seen - first < ROW_GROUP ? n_seen - first : ROW_GROUP;
+            float     score[ROW_GROUP][TILE];
+            scores(a, s, n_group, rows + first, score);
+            for (int r = 0; r < n_group; ++r) {
+                const int     i       = rows[first + r];
+                const int     slot    = slot_of(a, row0, i);
+                const float * mask    = seen[slot] == MASKED ? s->mask + slot * TILE : NULL;
+                float *       state   = s->chunk + i * (HEADER + a->dv);
+                const float   rescale = softmax(a, score[r], mask, s->slope[i], state);
+                values(a, s, score[r], rescale, state + HEADER);
+            }
+        }
+    }
+}
+
+static void merge(const struct attention * a, float * total, const float * part) {
+    if (part[1] == 0.0f) {
+        return;  // it saw no key
+    }
+    const float max      = total[0] > part[0] ? total[0] : part[0];
+    const float of_total = exp_one(total[0] - max);
+    const float of_part  = exp_one(part[0] - max);
+    for (int d = 1; d < HEADER + a->dv; ++d) {
+        total[d] = total[d] * of_total + part[d] * of_part;
+    }
+    total[0] = max;
+}
+
+// Adds the sink, divides by the sum, brings the values back into their order and domain, and writes them.
+static void finish(const struct attention * a, float * state, float * row, int seq, int head_kv, int row_index) {
+    const int position = row_index / a->group;
+    const int head     = head_kv * a->group + row_index % a->group;
+    if (a->sinks) {
+        const float max = state[0] > a->sinks[head] ? state[0] : a->sinks[head];
+        const float old = exp_one(state[0] - max);
+        state[1]        = state[1] * old + exp_one(a->sinks[head] - max);
+        for (int d = 0; d < a->dv; ++d) {
+            state[HEADER + d] *= old;
+        }
+    }
+    const float   inverse = state[1] == 0.0f ? 0.0f : 1.0f / state[1];
+    const float * sum     = state + HEADER;
+    const int     block   = a->vf ? a->vf->block : a->dv;
+    for (int b = 0; b < a->dv; b += block) {
+        for (int p = 0; p < block; ++p) {
+            row[b + (a->vf ? turbokv_tile_order(a->vf, p) : p)] = sum[b + p] * inverse;
+        }
+        if (a->vf && a->vf->rotates) {
+            turbokv_srht_inverse(row + b);
+        }
+    }
+    const size_t place = ((size_t) seq * a->n_q + position) * a->n_head + head;
+    memcpy((char *) a->dst->data + place * a->dst->nb[1], row, sizeof(float) * a->dv);
+}
+
+// ---- the op
+
+size_t turbokv_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_threads) {
+    struct attention a;
+    struct scratch   s;
+    return set_up(&a, dst) ? n_threads * lay_out(&a, NULL, &s) + partial_bytes(&a, n_threads) + 64 : 0;
+}
+
+bool turbokv_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    struct attention a;
+    struct scratch   s;
+    if (params->use_ref || !set_up(&a, dst)) {
+        return false;
+    }
+    GGML_ASSERT(turbokv_flash_attn_ext_work_size(dst, params->nth) <= params->wsize);
+
+    char *       base     = (char *) (((uintptr_t) params->wdata + 63) / 64 * 64);
+    const size_t per_thread = lay_out(&a, base, &s);
+    lay_out(&a, base + params->ith * per_thread, &s);
+    float *    partials = (float *) (base + params->nth * per_thread);
+    const bool shared   = chunks_are_shared(&a, params->nth);
+
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    // KV heads change fastest: their rows lie side by side in the cache.
+    const int n_chunks = shared ? a.chunks : 1;
+    const int n_units  = a.n_seq * a.row_blocks * n_chunks * a.n_head_kv;
+    for (int unit = params->ith; unit < n_units; unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int head_kv = unit % a.n_head_kv;
+        const int chunk   = unit / a.n_head_kv % n_chunks;
+        const int row0    = unit / a.n_head_kv / n_chunks % a.row_blocks * ROWS;
+        const int seq     = unit / a.n_head_kv / n_chunks / a.row_blocks;
+        const int n       = a.n_rows - row0 < ROWS ? a.n_rows - row0 : ROWS;
+        load_query(&a, &s, seq, head_kv, row0, n);
+        if (shared) {
+            attend(&a, &s, seq, head_kv, row0, n, chunk);
+            for (int i = 0; i < n; ++i) {
+                memcpy(partial_at(&a, partials, seq, head_kv, row0 + i, chunk), s.chunk + i * (HEADER + a.dv),
+                       sizeof(float) * (HEADER + a.dv));
+            }
+            continue;
+        }
+        reset(&a, s.total, n);
+        for (int c = 0; c < a.chunks; ++c) {
+            attend(&a, &s, seq, head_kv, row0, n, c);
+            for (int i = 0; i < n; ++i) {
+                merge(&a, s.total + i * (HEADER + a.dv), s.chunk + i * (HEADER + a.dv));
+            }
+        }
+        for (int i = 0; i < n; ++i) {
+            finish(&a, s.total + i * (HEADER + a.dv), s.row, seq, head_kv, row0 + i);
+        }
+    }
+    if (!shared) {
+        return true;
+    }
+
+    ggml_barrier(params->threadpool);
+    const int n_rows = a.n_seq * a.n_head_kv * a.n_rows;
+    for (int i = params->ith; i < n_rows; i += params->nth) {
+        const int row     = i % a.n_rows;
+        const int head_kv = i / a.n_rows % a.n_head_kv;
+        const int seq     = i / a.n_rows / a.n_head_kv;
+        reset(&a, s.total, 1);
+        for (int c = 0; c < a.chunks; ++c) {
+            merge(&a, s.total, partial_at(&a, partials, seq, head_kv, row, c));
+        }
+        finish(&a, s.total, s.row, seq, head_kv, row);
+    }
+    return true;
+}

@@ -1,0 +1,451 @@
+"""`turbokv speed`: once with the built llama-bench, otherwise with a script in its place that answers at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+from tiny_models import write_llama
+from turbokv import cache_type, cli, data, native, speed
+from turbokv.errors import TurbokvError
+from turbokv.speed import Cell, Plan, Sample
+
+FAKE = """#!{python} -IS
+import json, os, signal, sys, time
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+cache, depth = options["-ctk"] + "/" + options["-ctv"], int(options["-d"])
+n_prompt, n_gen = int(options["-p"]), int(options["-n"])
+with open({calls!r}, "a+") as file:
+    file.write(f"{{cache}} {{depth}}\\n")
+    file.seek(0)
+    calls = file.read().splitlines()
+nth = calls.count(f"{{cache}} {{depth}}")  # which time it is for this cell
+pp, tg = 1000, 100
+{behaviour}
+if n_prompt:
+    print(json.dumps({{"n_prompt": n_prompt, "n_gen": 0, "avg_ns": int(1e9 * n_prompt / pp)}}))
+if n_gen:
+    print(json.dumps({{"n_prompt": 0, "n_gen": n_gen, "avg_ns": int(1e9 * n_gen / tg)}}))
+"""
+
+# The command with the fake in the place of llama-bench, for tests that send signals or set limits.
+COMMAND = """
+import sys
+from pathlib import Path
+from turbokv import cli, native
+tool = Path(sys.argv.pop(1))
+native.tool = lambda name: tool
+cli.main()
+"""
+
+
+class Fake:
+    """A folder with a model that is none, and a llama-bench that says what it is told to say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.json = folder, folder / "speed.json"
+        self.samples = folder / "speed.json.samples"
+        self.model = folder / "model.gguf"
+        self.model.write_bytes(b"GGUF and nothing else")
+        self.tool = folder / "llama-bench"
+        self.behaves("")
+
+    def behaves(self, behaviour: str) -> None:
+        """Python that runs before the answer: it may set pp and tg, by cache, depth and nth, or end the process."""
+        self.tool.write_text(
+            FAKE.format(python=sys.executable, calls=str(self.folder / "calls"), behaviour=behaviour)
+        )
+        self.tool.chmod(0o755)
+
+    def calls(self) -> list[str]:
+        """`cache depth` of all runs since the last call of this."""
+        path = self.folder / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return lines
+
+    def arguments(self, *arguments: str | Path) -> list[str]:
+        return [str(a) for a in ("speed", "-m", self.model, "--json", self.json, *arguments)]
+
+    def records(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """What --json holds, by cache and depth."""
+        records = [json.loads(line, parse_constant=pytest.fail) for line in self.json.read_text().splitlines()]
+        return {(record["cache"], record["depth"]): record for record in records}
+
+    def recorded(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.samples.read_text().splitlines()[1:]]
+
+    def process(
+        self, *arguments: str | Path, before: Callable[[], object] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        def prepare() -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+            if before:
+                before()
+
+        command = [sys.executable, "-c", COMMAND, str(self.tool), *self.arguments(*arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=prepare
+        )
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    made = Fake(tmp_path)
+    monkeypatch.setattr(native, "tool", lambda _: made.tool)
+    return made
+
+
+class Run:
+    """What the command gave."""
+
+    def __init__(self, returncode: int, out: str, err: str) -> None:
+        self.returncode, self.out, self.err = returncode, out, err
+
+    def refused(self, *words: str) -> None:
+        """One line that says what is wrong."""
+        assert self.returncode == 1
+        assert self.out == ""
+        assert self.err.startswith("turbokv: ")
+        assert len(self.err.splitlines()) == 1
+        assert [word for word in words if word not in self.err] == []
+
+
+Turbokv = Callable[..., Run]
+
+
+@pytest.fixture
+def turbokv(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Turbokv:
+    """Runs the command in this process."""
+
+    def run(*arguments: str | Path) -> Run:
+        monkeypatch.setattr(sys, "argv", ["turbokv", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Run(int(ended.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+def plan(**changes: Any) -> Plan:
+    caches, depths = ("f16/f16", "q8_0/q8_0", "turbo3/turbo3"), (0, 64, 128)
+    defaults = {"n_prompt": 16, "n_gen": 4, "threads": 1, "rounds": 3, "seed": 0}
+    return Plan(**{"model": Path("m.gguf"), "caches": caches, "depths": depths, **defaults, **changes})
+
+
+# --- what is asked for
+
+
+def test_f16_always_runs_and_nothing_twice() -> None:
+    assert speed.with_f16(cache_type.parse_pairs("turbo3,q8_0/turbo3,turbo3/turbo3")) == (
+        "f16/f16", "turbo3/turbo3", "q8_0/turbo3",
+    )  # fmt: skip
+    assert speed.with_f16(cache_type.parse_pairs("q8_0,f16")) == ("f16/f16", "q8_0/q8_0")
+
+
+def test_depths() -> None:
+    assert speed.parse_depths("0, 2048,512,0") == (0, 2048, 512)
+
+
+@pytest.mark.parametrize(("text", "item"), [("", ""), ("8k", "8k"), ("0,-1", "-1"), ("1e3", "1e3"), ("0,,1", "")])
+def test_bad_depth_is_named(text: str, item: str) -> None:
+    with pytest.raises(TurbokvError, match=rf"'{item}' is not a depth: .*--depth 0,2048"):
+        speed.parse_depths(text)
+
+
+def test_impossible_requests_are_refused_before_anything_runs(fake: Fake, turbokv: Turbokv, tmp_path: Path) -> None:
+    absent, text, comma = tmp_path / "absent.gguf", tmp_path / "text.gguf", tmp_path / "a,b.gguf"
+    text.write_text("This is no model.")
+    comma.write_bytes(fake.model.read_bytes())
+    turbokv(*fake.arguments("-m", absent)).refused(f"no model at {absent}")
+    turbokv(*fake.arguments("-m", text)).refused(str(text), "no GGUF model", "complete?")
+    turbokv(*fake.arguments("-m", comma)).refused(str(comma), "comma", "rename")
+    turbokv(*fake.arguments("--cache", "turbo9")).refused("'turbo9'", "turbo3")
+    turbokv(*fake.arguments("--depth", "8k")).refused("'8k'", "--depth 0,2048")
+    turbokv(*fake.arguments("--n-gen", "0", "--n-prompt", "0")).refused("--n-gen 0", "nothing")
+    assert turbokv(*fake.arguments("--rounds", "0")).returncode == 2
+    assert fake.calls() == []
+
+
+@pytest.mark.parametrize("place", [".", "absent/speed.json", "/proc/speed.json"])
+def test_unwritable_json_is_refused_before_anything_runs(
+    fake: Fake, turbokv: Turbokv, tmp_path: Path, place: str
+) -> None:
+    turbokv(*fake.arguments("--json", tmp_path / place)).refused(str(tmp_path / place))
+    assert fake.calls() == []
+
+
+def test_missing_llama_bench_is_named(fake: Fake, turbokv: Turbokv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    native.build_info()  # known before the folder changes
+    monkeypatch.setattr(native, "native_dir", lambda: fake.folder / "empty")
+    monkeypatch.setattr(sys, "argv", ["turbokv"])
+    run = Turbokv_in(monkeypatch)
+    run(fake.arguments())
+
+
+def test_context_longer_than_trained_is_only_a_note(fake: Fake, turbokv: Turbokv) -> None:
+    write_llama(fake.model, head_dim=64)  # trained on 2048, says its header
+    run = turbokv(*fake.arguments("--depth", "2040", "--cache", "f16", "--rounds", "2", "-p", "16"))
+    assert run.returncode == 0
+    assert "note: model.gguf was trained on contexts of 2048 tokens, not 2072" in run.err
+    fits = turbokv(*fake.arguments("--depth", "2000", "--cache", "f16", "--rounds", "2", "-p", "16", "--json", "/dev/null"))
+    assert "trained" not in fits.err
+
+
+def test_help_teaches(turbokv: Turbokv) -> None:
+    text = " ".join(turbokv("speed", "-h").out.split())
+    assert "Example: turbokv speed -m model.gguf --depth" in text
+    assert [word for word in ("x f16", "95% interval", "FILE.samples", "exit code is 1") if word not in text] == []
+
+
+# --- order
+
+
+def test_every_round_runs_every_cell_once() -> None:
+    cells = {Cell(cache, depth) for cache in plan().caches for depth in plan().depths}
+    for number in range(1, 20):
+        order = plan().order(number)
+        assert (len(order), set(order)) == (9, cells)
+
+
+def test_order_is_that_of_the_seed_and_another_one_every_round() -> None:
+    orders = [tuple(plan().order(number)) for number in range(1, 11)]
+    assert orders == [tuple(plan().order(number)) for number in range(1, 11)]
+    assert len(set(orders)) == 10
+    assert orders != [tuple(plan(seed=1).order(number)) for number in range(1, 11)]
+
+
+def test_caches_of_a_depth_run_side_by_side_and_none_always_first() -> None:
+    orders = [plan().order(number) for number in range(1, 101)]
+    for order in orders:
+        depths = [cell.depth for cell in order]
+        assert all(len(set(depths[i : i + 3])) == 1 for i in (0, 3, 6))
+    for first in (Counter(order[0].cache for order in orders), Counter(order[0].depth for order in orders)):
+        assert len(first) == 3
+        assert min(first.values()) > 15
+
+
+def test_cells_run_in_the_order_of_the_plan(fake: Fake, turbokv: Turbokv) -> None:
+    turbokv(*fake.arguments("--depth", "0,64,128", "--cache", "q8_0,turbo3", "--rounds", "3", "--seed", "7"))
+    expected = [cell for number in (1, 2, 3) for cell in plan(seed=7).order(number)]
+    assert fake.calls() == [f"{cell.cache} {cell.depth}" for cell in expected]
+
+
+# --- statistics
+
+
+def test_interval_is_students_on_logarithms() -> None:
+    values = [0.5, 0.7, 0.6, 0.9]
+    mean, interval = speed.geometric_mean_ci95(values)
+    assert mean == pytest.approx(math.prod(values) ** 0.25)
+    logs = [math.log(value) for value in values]
+    expected = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert interval == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
+
+
+def test_one_value_has_no_interval() -> None:
+    assert speed.geometric_mean_ci95([3.0]) == (pytest.approx(3), None)
+
+
+DRIFT = "pp, tg = 1000 / 3**nth, 100 / 3**nth\nif cache != 'f16/f16': pp, tg = pp * .25, tg * .5"
+
+
+def test_ratios_are_formed_within_a_round(fake: Fake, turbokv: Turbokv) -> None:
+    """Every round is three times slower than the one before: speeds vary, ratios do not."""
+    fake.behaves(DRIFT)
+    assert turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "4")).returncode == 0
+    record = fake.records()["turbo3/turbo3", 0]
+    for test, ratio in (("tg", 0.5), ("pp", 0.25)):
+        assert record[test]["ratio_f16"] == pytest.approx(ratio, rel=1e-6)
+        assert record[test]["ratio_ci95"] == pytest.approx([ratio, ratio], rel=1e-6)
+        low, high = record[test]["ci95"]
+        assert low < record[test]["mean"] / 2 < 2 * record[test]["mean"] < high
+    assert record["tg"]["mean"] == pytest.approx(50 / 3**2.5, rel=1e-6)
+    assert [sample["tg"] for sample in record["samples"]] == pytest.approx([50 / 3**n for n in (1, 2, 3, 4)], rel=1e-6)
+
+
+def test_json_says_what_was_measured_and_where(fake: Fake, turbokv: Turbokv) -> None:
+    fake.behaves("tg -= 10 * (cache != 'f16/f16') + depth / 8")
+    arguments = ("--depth", "0,64", "--cache", "q8_0/turbo3", "--rounds", "2", "-t", "3", "-n", "5", "-p", "7", "--seed", "9")
+    run = turbokv(*fake.arguments(*arguments))
+    assert run.returncode == 0
+    records = fake.records()
+    assert [*records] == [("f16/f16", 0), ("q8_0/turbo3", 0), ("f16/f16", 64), ("q8_0/turbo3", 64)]
+    for (cache, depth), record in records.items():
+        assert record["tg"]["mean"] == pytest.approx(100 - 10 * (cache != "f16/f16") - depth / 8, rel=1e-6)
+        expected = {"n_gen": 5, "n_prompt": 7, "threads": 3, "rounds": 2, "seed": 9, "error": None, "model": "model.gguf"}
+        assert expected.items() <= record.items()
+        assert record["upstream_commit"] == native.build_info()["upstream_commit"]
+        assert record["cpu"]
+        assert len(record["build"]) == 12
+        assert [sample["round"] for sample in record["samples"]] == [1, 2]
+    assert records["f16/f16", 0]["pp"]["ratio_ci95"] == [1, 1]
+    rows = [line.split() for line in run.out.splitlines() if line.strip().startswith("q8_0/turbo3")]
+    assert [(row[1], row[3]) for row in rows] == [("90.00", "0.900"), ("82.00", "0.891")]
+
+
+def test_one_round_has_null_for_an_interval(fake: Fake, turbokv: Turbokv) -> None:
+    run = turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "1"))
+    assert run.returncode == 0
+    assert "one round gives no interval" in run.err
+    for record in fake.records().values():
+        assert (record["tg"]["ci95"], record["tg"]["ratio_ci95"]) == (None, None)
+        assert record["tg"]["ratio_f16"] == 1
+
+
+@pytest.mark.parametrize(("left_out", "option"), [("tg", "--n-gen"), ("pp", "--n-prompt")])
+def test_zero_tokens_leave_a_test_out(fake: Fake, turbokv: Turbokv, left_out: str, option: str) -> None:
+    run = turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "2", option, "0"))
+    assert run.returncode == 0
+    assert f"{left_out} tokens/s" not in run.out
+    for record in fake.records().values():
+        assert record[left_out] is None
+        assert record["pp" if left_out == "tg" else "tg"]["ratio_f16"] == 1
+
+
+def test_seconds_left_go_by_the_cell_then_by_the_depth_then_by_tokens() -> None:
+    own = [Sample(n, "f16/f16", 64, 1.0, 1.0, seconds) for n, seconds in ((1, 10.0), (2, 20.0))]
+    assert speed.seconds_left(plan(), [], [Cell("f16/f16", 64)]) is None
+    assert speed.seconds_left(plan(), own, [Cell("f16/f16", 64)]) == pytest.approx(15)
+    other = Sample(1, "turbo3/turbo3", 64, 1.0, 1.0, 60.0)
+    assert speed.seconds_left(plan(), [*own, other], [Cell("q8_0/q8_0", 64)] * 2) == pytest.approx(60)
+    tokens = plan().n_tokens(Cell("f16/f16", 128)) / plan().n_tokens(Cell("f16/f16", 64))
+    assert speed.seconds_left(plan(), own, [Cell("f16/f16", 128)]) == pytest.approx(15 * tokens)
+
+
+def test_progress_names_the_round_and_the_cell_that_runs(fake: Fake, turbokv: Turbokv) -> None:
+    run = turbokv(*fake.arguments("--depth", "64", "--cache", "turbo3", "--rounds", "2"))
+    lines = [line for line in run.err.splitlines() if line.startswith("[")]
+    cells = [(number, cell) for number in (1, 2) for cell in plan(caches=("f16/f16", "turbo3/turbo3"), depths=(64,)).order(number)]
+    starts = [f"[{i}/4] round {number} of 2, {cell}" for i, (number, cell) in enumerate(cells, 1)]
+    assert [line.split(", about")[0] for line in lines] == starts
+    assert all(", about" in line for line in lines[1:])
+
+
+# --- llama-bench
+
+
+def test_arguments_and_environment_of_llama_bench(fake: Fake, turbokv: Turbokv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    seen = fake.folder / "seen"
+    fake.behaves(f"open({str(seen)!r}, 'w').write(json.dumps([options, os.environ['OMP_WAIT_POLICY']]))")
+    turbokv(*fake.arguments("--depth", "64", "--cache", "f16", "--rounds", "1", "-n", "5", "-p", "7"))
+    options, policy = json.loads(seen.read_text())
+    assert policy == "passive"
+    assert options == {
+        "-m": str(fake.model), "-ctk": "f16", "-ctv": "f16", "-fa": "on", "-p": "7", "-n": "5", "-d": "64", "-r": "1",
+        "-t": str(len(os.sched_getaffinity(0))), "-o": "jsonl",
+    }  # fmt: skip
+
+
+REFUSES = "if cache == 'turbo3/turbo3' and depth: sys.exit('turbokv: no such heads\\nllama_bench: error: no context')"
+
+
+def test_refused_cache_is_named_with_the_reason_and_the_others_go_on(fake: Fake, turbokv: Turbokv) -> None:
+    fake.behaves(REFUSES)
+    run = turbokv(*fake.arguments("--depth", "0,64", "--cache", "q8_0,turbo3", "--rounds", "2"))
+    assert run.returncode == 1
+    assert "turbo3/turbo3 at depth 64 failed, round 1: turbokv: no such heads; llama_bench: error: no context" in run.err
+    assert run.err.splitlines()[-1] == "turbokv: 1 of 6 failed; the reasons are above"
+    assert Counter(fake.calls())["turbo3/turbo3 64"] == 1  # not again in round 2
+    records = fake.records()
+    failed = records.pop(("turbo3/turbo3", 64))
+    assert failed["error"].startswith("round 1: turbokv: no such heads")
+    assert (failed["tg"], failed["pp"], failed["rounds"], failed["samples"]) == (None, None, 0, [])
+    assert "turbo3/turbo3 (failed)" in run.out
+    assert len(records) == 5
+    assert all(record["error"] is None and record["rounds"] == 2 for record in records.values())
+
+
+def test_cell_that_fails_later_keeps_its_rounds(fake: Fake, turbokv: Turbokv) -> None:
+    fake.behaves("if cache == 'turbo3/turbo3' and nth == 3: sys.exit('no memory')")
+    turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "4"))
+    record = fake.records()["turbo3/turbo3", 0]
+    assert (record["rounds"], record["error"]) == (2, "round 3: no memory")
+    assert record["tg"]["ratio_ci95"] is not None
+    assert fake.records()["f16/f16", 0]["rounds"] == 4
+
+
+def test_without_f16_there_is_no_ratio(fake: Fake, turbokv: Turbokv) -> None:
+    fake.behaves("if cache == 'f16/f16': sys.exit('no memory')")
+    run = turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "2"))
+    assert run.returncode == 1
+    tg = fake.records()["turbo3/turbo3", 0]["tg"]
+    assert (tg["ratio_f16"], tg["ratio_ci95"]) == (None, None)
+    assert tg["ci95"] is not None
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", ["killed by SIGKILL", "out of memory? A smaller --depth"]),
+        ("print('GGML_ASSERT(x)', file=sys.stderr, flush=True); os.abort()", ["SIGABRT", "GGML_ASSERT(x)"]),
+        ("os._exit(3)", ["status 3", "no reason"]),
+        ("os._exit(0)", ["no result", "n_prompt 16"]),
+        ("print('[]'); n_prompt = 0", ["no result", "n_prompt 16"]),
+        ("print('warning'); n_prompt = 0", ["no result", "'warning"]),
+        ("tg = 1e12", ["no result", "n_gen 4"]),
+        ("time.sleep(600)", ["--timeout 0.2 seconds"]),
+    ],
+    ids=["killed", "abort", "silent", "empty", "list", "text", "zero-time", "timeout"],
+)
+def test_reason_of_a_failed_cell(fake: Fake, behaviour: str, words: list[str]) -> None:
+    fake.behaves(behaviour)
+    timeout = 0.2 if "sleep" in behaviour else None
+    with pytest.raises(speed.CellFailed) as failed:
+        speed.bench(plan(model=fake.model, timeout=timeout), Cell("f16/f16", 0))
+    assert [word for word in words if word not in str(failed.value)] == []
+
+
+def test_model_that_does_not_load_stops_everything(fake: Fake, turbokv: Turbokv) -> None:
+    fake.behaves("sys.exit(f'tensor is not within the file bounds\\nerror: failed to load model')")
+    run = turbokv(*fake.arguments())
+    assert run.returncode == 1
+    assert run.out == ""
+    assert f"turbokv: {fake.model} cannot be loaded: tensor is not within the file bounds" in run.err
+    assert len(fake.calls()) == 1
+
+
+def test_llama_bench_that_cannot_start_stops_and_keeps_what_there_is(fake: Fake, turbokv: Turbokv) -> None:
+    fake.behaves("if len(calls) == 3: os.chmod(__file__, 0o644)")
+    run = turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "3"))
+    assert run.returncode == 1
+    assert f"turbokv: {fake.tool} cannot be started: Permission denied" in run.err
+    assert fake.records()["turbo3/turbo3", 0]["rounds"] == 1
+    assert len(fake.recorded()) == 3
+
+
+# --- going on
+
+
+SMALL = ("--depth", "0,64", "--cache", "turbo3")  # 4 measurements a round
+
+
+def test_stopped_run_goes_on_where_it_was(fake: Fake, turbokv: Turbokv) -> None:
+    fake.behaves(DRIFT + "\nif len(calls) == 7: os.kill(os.getppid(), signal.SIGINT); time.sleep(600)")
+    first = fake.process(*SMALL, "--rounds", "3")
+    assert first.returncode == 130
+    before = fake.recorded()
+    done = fake.calls()
+    assert len(before) == 6
+
+    fake_before = fake.tool.read_text()
+    (fake.folder / "calls").write_text("\n".join(done[:6]) + "\n" + "\n")  # as if the seventh had not begun
+    fake.tool.write_text(fake_before)
+    second = turbokv(*fake.arguments(*SMALL, "--rounds", "3"))
+    assert second.returncode == 0, second.err
+    assert f"6 measurements are in {fake.samples}, 6 are left" in second.err
+    assert fake.recorded()[:6] == before
+    assert len(fake.recorded()) == 12
