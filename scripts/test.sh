@@ -14,7 +14,7 @@ python scripts/generate.py --check
 ruff check .
 ruff format --check .
 mypy
-find ggml-ext tests/c -name generated -prune -o -name '*.[ch]' -print -o -name '*.cpp' -print | xargs clang-format --dry-run --Werror
+find ggml-ext tests/c scripts -name generated -prune -o -name '*.[ch]' -print -o -name '*.cpp' -print | xargs clang-format --dry-run --Werror
 
 failed=0
 say "C tests"
