@@ -398,24 +398,24 @@ def speed_command(
     )
     run = speed.start(plan, json_file)
     _speed_notes(run)
-    interrupted, failure = False, None
+    status = 0
     try:
         with _terminated_as_interrupted(), _speed_progress(rounds) as on_start:
             speed.measure(run, on_start, lambda cell, reason: err.print(f"{cell} failed, {reason}", markup=False))
     except KeyboardInterrupt:
-        interrupted = True
+        kept = f"; the same command goes on, from {run.file.path}" if run.file.path and run.file.samples else ""
+        err.print(f"interrupted: only finished rounds are reported{kept}", markup=False)
+        status = 130
     except TurbokvError as error:
-        failure = error
+        err.print(f"turbokv: {error}", markup=False)
+        status = 1
     if results := speed.records(run):
         lines = "".join(json.dumps(record) + "\n" for record in results)
         _deliver(_speed_tables(results), lines, json_file)
-    if interrupted:
-        kept = f"; the same command goes on, from {run.file.path}" if run.file.path and run.file.samples else ""
-        what = "the table has the finished rounds" if results else "no round was finished, nothing to report"
-        err.print(f"interrupted: {what}{kept}", markup=False)
-        raise typer.Exit(130)
-    if failure:
-        raise failure
+    elif status:
+        err.print("no round was finished, nothing to report")
+    if status:
+        raise typer.Exit(status)
     if run.failed:
         raise TurbokvError(f"{len(run.failed)} of {len(plan.order(1))} failed; the reasons are above")
 

@@ -32,12 +32,14 @@ with open({calls!r}, "a+") as file:
     calls = file.read().splitlines()
 nth = calls.count(f"{{cache}} {{depth}}")  # which time it is for this cell
 pp, tg = 1000, 100
-{behaviour}
+exec(open({behaviour!r}).read())
 if n_prompt:
     print(json.dumps({{"n_prompt": n_prompt, "n_gen": 0, "avg_ns": int(1e9 * n_prompt / pp)}}))
 if n_gen:
     print(json.dumps({{"n_prompt": 0, "n_gen": n_gen, "avg_ns": int(1e9 * n_gen / tg)}}))
 """
+
+REAL_TOOL = native.tool
 
 # The command with the fake in the place of llama-bench, for tests that send signals or set limits.
 COMMAND = """
@@ -59,20 +61,20 @@ class Fake:
         self.model = folder / "model.gguf"
         self.model.write_bytes(b"GGUF and nothing else")
         self.tool = folder / "llama-bench"
+        self._calls, self._behaviour = folder / "calls", folder / "behaviour.py"
+        paths = {"calls": str(self._calls), "behaviour": str(self._behaviour)}
+        self.tool.write_text(FAKE.format(python=sys.executable, **paths))
+        self.tool.chmod(0o755)
         self.behaves("")
 
-    def behaves(self, behaviour: str) -> None:
-        """Python that runs before the answer: it may set pp and tg, by cache, depth and nth, or end the process."""
-        self.tool.write_text(
-            FAKE.format(python=sys.executable, calls=str(self.folder / "calls"), behaviour=behaviour)
-        )
-        self.tool.chmod(0o755)
+    def behaves(self, code: str) -> None:
+        """Python that runs before the answer: it may set pp and tg, by cache, depth, nth and calls, or end it all."""
+        self._behaviour.write_text(code)
 
     def calls(self) -> list[str]:
         """`cache depth` of all runs since the last call of this."""
-        path = self.folder / "calls"
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.unlink(missing_ok=True)
+        lines = self._calls.read_text().splitlines() if self._calls.exists() else []
+        self._calls.unlink(missing_ok=True)
         return lines
 
     def arguments(self, *arguments: str | Path) -> list[str]:
@@ -95,9 +97,7 @@ class Fake:
                 before()
 
         command = [sys.executable, "-c", COMMAND, str(self.tool), *self.arguments(*arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=prepare
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=prepare)
 
 
 @pytest.fixture
@@ -187,12 +187,9 @@ def test_unwritable_json_is_refused_before_anything_runs(
 
 
 def test_missing_llama_bench_is_named(fake: Fake, turbokv: Turbokv, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    native.build_info()  # known before the folder changes
+    monkeypatch.setattr(native, "tool", REAL_TOOL)
     monkeypatch.setattr(native, "native_dir", lambda: fake.folder / "empty")
-    monkeypatch.setattr(sys, "argv", ["turbokv"])
-    run = Turbokv_in(monkeypatch)
-    run(fake.arguments())
+    turbokv(*fake.arguments()).refused("llama-bench is missing", str(fake.folder / "empty"), "cmake --build build")
 
 
 def test_context_longer_than_trained_is_only_a_note(fake: Fake, turbokv: Turbokv) -> None:
@@ -200,7 +197,9 @@ def test_context_longer_than_trained_is_only_a_note(fake: Fake, turbokv: Turbokv
     run = turbokv(*fake.arguments("--depth", "2040", "--cache", "f16", "--rounds", "2", "-p", "16"))
     assert run.returncode == 0
     assert "note: model.gguf was trained on contexts of 2048 tokens, not 2072" in run.err
-    fits = turbokv(*fake.arguments("--depth", "2000", "--cache", "f16", "--rounds", "2", "-p", "16", "--json", "/dev/null"))
+    fits = turbokv(
+        *fake.arguments("--depth", "2000", "--cache", "f16", "--rounds", "2", "-p", "16", "--json", "/dev/null")
+    )
     assert "trained" not in fits.err
 
 
@@ -238,8 +237,8 @@ def test_caches_of_a_depth_run_side_by_side_and_none_always_first() -> None:
 
 
 def test_cells_run_in_the_order_of_the_plan(fake: Fake, turbokv: Turbokv) -> None:
-    turbokv(*fake.arguments("--depth", "0,64,128", "--cache", "q8_0,turbo3", "--rounds", "3", "--seed", "7"))
-    expected = [cell for number in (1, 2, 3) for cell in plan(seed=7).order(number)]
+    turbokv(*fake.arguments("--depth", "0,64,128", "--cache", "q8_0,turbo3", "--rounds", "2", "--seed", "7"))
+    expected = [cell for number in (1, 2) for cell in plan(seed=7).order(number)]
     assert fake.calls() == [f"{cell.cache} {cell.depth}" for cell in expected]
 
 
@@ -256,7 +255,9 @@ def test_interval_is_students_on_logarithms() -> None:
 
 
 def test_one_value_has_no_interval() -> None:
-    assert speed.geometric_mean_ci95([3.0]) == (pytest.approx(3), None)
+    mean, interval = speed.geometric_mean_ci95([3.0])
+    assert mean == pytest.approx(3)
+    assert interval is None
 
 
 DRIFT = "pp, tg = 1000 / 3**nth, 100 / 3**nth\nif cache != 'f16/f16': pp, tg = pp * .25, tg * .5"
@@ -278,14 +279,37 @@ def test_ratios_are_formed_within_a_round(fake: Fake, turbokv: Turbokv) -> None:
 
 def test_json_says_what_was_measured_and_where(fake: Fake, turbokv: Turbokv) -> None:
     fake.behaves("tg -= 10 * (cache != 'f16/f16') + depth / 8")
-    arguments = ("--depth", "0,64", "--cache", "q8_0/turbo3", "--rounds", "2", "-t", "3", "-n", "5", "-p", "7", "--seed", "9")
+    arguments = (
+        "--depth",
+        "0,64",
+        "--cache",
+        "q8_0/turbo3",
+        "--rounds",
+        "2",
+        "-t",
+        "3",
+        "-n",
+        "5",
+        "-p",
+        "7",
+        "--seed",
+        "9",
+    )
     run = turbokv(*fake.arguments(*arguments))
     assert run.returncode == 0
     records = fake.records()
     assert [*records] == [("f16/f16", 0), ("q8_0/turbo3", 0), ("f16/f16", 64), ("q8_0/turbo3", 64)]
     for (cache, depth), record in records.items():
         assert record["tg"]["mean"] == pytest.approx(100 - 10 * (cache != "f16/f16") - depth / 8, rel=1e-6)
-        expected = {"n_gen": 5, "n_prompt": 7, "threads": 3, "rounds": 2, "seed": 9, "error": None, "model": "model.gguf"}
+        expected = {
+            "n_gen": 5,
+            "n_prompt": 7,
+            "threads": 3,
+            "rounds": 2,
+            "seed": 9,
+            "error": None,
+            "model": "model.gguf",
+        }
         assert expected.items() <= record.items()
         assert record["upstream_commit"] == native.build_info()["upstream_commit"]
         assert record["cpu"]
@@ -319,8 +343,8 @@ def test_seconds_left_go_by_the_cell_then_by_the_depth_then_by_tokens() -> None:
     own = [Sample(n, "f16/f16", 64, 1.0, 1.0, seconds) for n, seconds in ((1, 10.0), (2, 20.0))]
     assert speed.seconds_left(plan(), [], [Cell("f16/f16", 64)]) is None
     assert speed.seconds_left(plan(), own, [Cell("f16/f16", 64)]) == pytest.approx(15)
-    other = Sample(1, "turbo3/turbo3", 64, 1.0, 1.0, 60.0)
-    assert speed.seconds_left(plan(), [*own, other], [Cell("q8_0/q8_0", 64)] * 2) == pytest.approx(60)
+    others = [Sample(1, "turbo3/turbo3", 64, 1.0, 1.0, 60.0), Sample(1, "f16/f16", 0, 1.0, 1.0, 1.0)]
+    assert speed.seconds_left(plan(), [*own, *others], [Cell("q8_0/q8_0", 64)] * 2) == pytest.approx(60)
     tokens = plan().n_tokens(Cell("f16/f16", 128)) / plan().n_tokens(Cell("f16/f16", 64))
     assert speed.seconds_left(plan(), own, [Cell("f16/f16", 128)]) == pytest.approx(15 * tokens)
 
@@ -328,7 +352,11 @@ def test_seconds_left_go_by_the_cell_then_by_the_depth_then_by_tokens() -> None:
 def test_progress_names_the_round_and_the_cell_that_runs(fake: Fake, turbokv: Turbokv) -> None:
     run = turbokv(*fake.arguments("--depth", "64", "--cache", "turbo3", "--rounds", "2"))
     lines = [line for line in run.err.splitlines() if line.startswith("[")]
-    cells = [(number, cell) for number in (1, 2) for cell in plan(caches=("f16/f16", "turbo3/turbo3"), depths=(64,)).order(number)]
+    cells = [
+        (number, cell)
+        for number in (1, 2)
+        for cell in plan(caches=("f16/f16", "turbo3/turbo3"), depths=(64,)).order(number)
+    ]
     starts = [f"[{i}/4] round {number} of 2, {cell}" for i, (number, cell) in enumerate(cells, 1)]
     assert [line.split(", about")[0] for line in lines] == starts
     assert all(", about" in line for line in lines[1:])
@@ -337,7 +365,9 @@ def test_progress_names_the_round_and_the_cell_that_runs(fake: Fake, turbokv: Tu
 # --- llama-bench
 
 
-def test_arguments_and_environment_of_llama_bench(fake: Fake, turbokv: Turbokv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_and_environment_of_llama_bench(
+    fake: Fake, turbokv: Turbokv, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     seen = fake.folder / "seen"
     fake.behaves(f"open({str(seen)!r}, 'w').write(json.dumps([options, os.environ['OMP_WAIT_POLICY']]))")
@@ -357,7 +387,9 @@ def test_refused_cache_is_named_with_the_reason_and_the_others_go_on(fake: Fake,
     fake.behaves(REFUSES)
     run = turbokv(*fake.arguments("--depth", "0,64", "--cache", "q8_0,turbo3", "--rounds", "2"))
     assert run.returncode == 1
-    assert "turbo3/turbo3 at depth 64 failed, round 1: turbokv: no such heads; llama_bench: error: no context" in run.err
+    assert (
+        "turbo3/turbo3 at depth 64 failed, round 1: turbokv: no such heads; llama_bench: error: no context" in run.err
+    )
     assert run.err.splitlines()[-1] == "turbokv: 1 of 6 failed; the reasons are above"
     assert Counter(fake.calls())["turbo3/turbo3 64"] == 1  # not again in round 2
     records = fake.records()
@@ -433,19 +465,204 @@ def test_llama_bench_that_cannot_start_stops_and_keeps_what_there_is(fake: Fake,
 SMALL = ("--depth", "0,64", "--cache", "turbo3")  # 4 measurements a round
 
 
+STOP_AT_7 = "if len(calls) == 7: os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
+
+
 def test_stopped_run_goes_on_where_it_was(fake: Fake, turbokv: Turbokv) -> None:
-    fake.behaves(DRIFT + "\nif len(calls) == 7: os.kill(os.getppid(), signal.SIGINT); time.sleep(600)")
+    fake.behaves(STOP_AT_7)
     first = fake.process(*SMALL, "--rounds", "3")
     assert first.returncode == 130
-    before = fake.recorded()
-    done = fake.calls()
-    assert len(before) == 6
+    assert f"the same command goes on, from {fake.samples}" in first.stderr
+    before, ran = fake.recorded(), fake.calls()
+    assert (len(before), len(ran)) == (6, 7)
 
-    fake_before = fake.tool.read_text()
-    (fake.folder / "calls").write_text("\n".join(done[:6]) + "\n" + "\n")  # as if the seventh had not begun
-    fake.tool.write_text(fake_before)
+    fake.behaves("tg = 50")
     second = turbokv(*fake.arguments(*SMALL, "--rounds", "3"))
-    assert second.returncode == 0, second.err
+    assert second.returncode == 0
     assert f"6 measurements are in {fake.samples}, 6 are left" in second.err
-    assert fake.recorded()[:6] == before
+    after = fake.recorded()
+    assert after[:6] == before
+    assert [sample["tg"] for sample in after] == [100] * 6 + [50] * 6
+    assert set(Counter(ran[:6] + fake.calls()).values()) == {3}
+    assert {record["rounds"] for record in fake.records().values()} == {3}
+
+
+def test_finished_run_measures_nothing_again_and_more_rounds_add_to_it(fake: Fake, turbokv: Turbokv) -> None:
+    turbokv(*fake.arguments(*SMALL, "--rounds", "2"))
+    before, table = fake.recorded(), fake.json.read_text()
+    fake.calls()
+    again = turbokv(*fake.arguments(*SMALL, "--rounds", "2"))
+    assert again.returncode == 0
+    assert "nothing is left to measure" in again.err
+    assert (fake.calls(), fake.json.read_text()) == ([], table)
+    turbokv(*fake.arguments(*SMALL, "--rounds", "3"))
+    assert len(fake.calls()) == 4
+    assert fake.recorded()[:8] == before
+    assert {record["rounds"] for record in fake.records().values()} == {3}
+
+
+def test_fewer_rounds_use_only_those(fake: Fake, turbokv: Turbokv) -> None:
+    turbokv(*fake.arguments(*SMALL, "--rounds", "3"))
+    turbokv(*fake.arguments(*SMALL, "--rounds", "2"))
+    assert {record["rounds"] for record in fake.records().values()} == {2}
     assert len(fake.recorded()) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        (["-n", "5"], "n_gen 32 (now 5)"),
+        (["-p", "5"], "n_prompt 512 (now 5)"),
+        (["-t", "3"], "threads 1 (now 3)"),
+        (["--seed", "3"], "seed 0 (now 3)"),
+        (["--depth", "0"], "depths 0,64 (now 0)"),
+        (["--cache", "f16"], "caches f16/f16,turbo3/turbo3 (now f16/f16)"),
+    ],
+)
+def test_samples_of_other_arguments_are_not_mixed(
+    fake: Fake, turbokv: Turbokv, arguments: list[str], difference: str
+) -> None:
+    turbokv(*fake.arguments(*SMALL, "-t", "1", "--rounds", "1"))
+    before, _ = fake.samples.read_bytes(), fake.calls()
+    refused = turbokv(*fake.arguments(*SMALL, "-t", "1", "--rounds", "1", *arguments))
+    refused.refused(str(fake.samples), difference, "another --json", "delete")
+    assert (fake.samples.read_bytes(), fake.calls()) == (before, [])
+
+
+def test_samples_of_another_model_or_build_are_not_mixed(fake: Fake, turbokv: Turbokv) -> None:
+    turbokv(*fake.arguments(*SMALL, "--rounds", "1"))
+    fake.tool.write_text(fake.tool.read_text() + "# rebuilt\n")
+    turbokv(*fake.arguments(*SMALL, "--rounds", "1")).refused(str(fake.samples), "build")
+    fake.samples.unlink()
+    turbokv(*fake.arguments(*SMALL, "--rounds", "1"))
+    os.utime(fake.model, (1, 1))
+    turbokv(*fake.arguments(*SMALL, "--rounds", "1")).refused(str(fake.samples), "model_mtime_ns")
+
+
+def test_build_that_changes_meanwhile_stops_the_run(fake: Fake, turbokv: Turbokv) -> None:
+    fake.behaves("if len(calls) == 3: open(__file__, 'a').write('# rebuilt')")
+    run = turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "3"))
+    assert run.returncode == 1
+    assert "turbokv: changed while it was measured: build" in run.err
+    assert len(fake.recorded()) == 2
+    assert fake.records()["f16/f16", 0]["rounds"] == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda text: "", 1),
+        (lambda text: text[:40], 1),
+        (lambda text: text[:-40], 5),
+        (lambda text: text.replace('"round"', '"turn"'), 2),
+        (lambda text: text.replace("settings", "options"), 1),
+    ],
+    ids=["empty", "settings", "cut", "key", "header"],
+)
+def test_damaged_samples_are_neither_used_nor_overwritten(
+    fake: Fake, turbokv: Turbokv, damage: Callable[[str], str], line: int
+) -> None:
+    turbokv(*fake.arguments(*SMALL, "--rounds", "1"))
+    fake.samples.write_text(damage(fake.samples.read_text()))
+    before, _ = fake.samples.read_text(), fake.calls()
+    turbokv(*fake.arguments(*SMALL, "--rounds", "2")).refused(f"{fake.samples} is damaged in line {line}", "delete")
+    assert (fake.samples.read_text(), fake.calls()) == (before, [])
+
+
+def test_second_run_on_the_same_file_is_noticed(fake: Fake, turbokv: Turbokv) -> None:
+    line = json.dumps({"round": 1})
+    fake.behaves(f"if len(calls) == 3: open({str(fake.samples)!r}, 'a').write({line!r} + '\\n')")
+    run = turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "3"))
+    assert run.returncode == 1
+    assert "running twice?" in run.err
+    assert fake.samples.read_text().splitlines()[-1] == line
+
+
+def test_pipe_as_json_has_no_samples_beside_it(fake: Fake, turbokv: Turbokv) -> None:
+    os.mkfifo(fake.json)
+    pipe = os.open(fake.json, os.O_RDWR)
+    run = turbokv(*fake.arguments("--depth", "0", "--cache", "f16", "--rounds", "2"))
+    assert run.returncode == 0
+    assert json.loads(os.read(pipe, 65536))["cache"] == "f16/f16"
+    os.close(pipe)
+    assert not fake.samples.exists()
+
+
+# --- Ctrl-C, kill, full disk
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupt_delivers_the_finished_rounds(fake: Fake, name: str) -> None:
+    fake.behaves(f"if len(calls) == 7: os.kill(os.getppid(), signal.{name}); time.sleep(600)")
+    run = fake.process(*SMALL, "--rounds", "3")
+    assert run.returncode == 130
+    assert "Traceback" not in run.stderr
+    assert "interrupted: only finished rounds are reported" in run.stderr
+    # The seventh is the first or second of four at its depth: of the rounds 1 and 2, only one of the depths has both.
+    rounds = {depth: {record["rounds"] for (_, d), record in fake.records().items() if d == depth} for depth in (0, 64)}
+    first = plan(caches=("f16/f16", "turbo3/turbo3"), depths=(0, 64)).order(2)[0].depth
+    assert rounds == {first: {2}, 64 - first: {1}}
+    assert "turbo3/turbo3" in run.stdout
+
+
+def test_interrupt_before_the_first_round_keeps_the_samples(fake: Fake) -> None:
+    fake.behaves("if len(calls) == 2: os.kill(os.getppid(), signal.SIGINT); time.sleep(600)")
+    run = fake.process(*SMALL, "--rounds", "3")
+    assert (run.returncode, run.stdout) == (130, "")
+    assert "no round was finished, nothing to report" in run.stderr
+    assert not fake.json.exists()
+    assert len(fake.recorded()) == 1
+
+
+def test_full_disk_loses_nothing_that_was_recorded(fake: Fake, turbokv: Turbokv) -> None:
+    limit = 1000  # bytes a file: the settings and a few samples
+    run = fake.process(
+        *SMALL, "--rounds", "5", before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    assert run.returncode == 1
+    assert f"turbokv: cannot write {fake.samples}: File too large. Free some space" in run.stderr
+    assert "turbo3/turbo3" in run.stdout
+    assert "Traceback" not in run.stderr
+    kept, ran = fake.recorded(), fake.calls()
+    assert 2 <= len(kept) == len(ran) - 1
+    assert {path.name for path in fake.folder.iterdir() if path.name.startswith(".")} == set()
+    assert turbokv(*fake.arguments(*SMALL, "--rounds", "5")).returncode == 0
+    assert (fake.recorded()[: len(kept)], len(fake.calls())) == (kept, 20 - len(kept))
+
+
+# --- with the built llama-bench
+
+
+def test_tiny_model_is_measured_and_what_it_refuses_is_named(
+    tmp_path: Path, turbokv: Turbokv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = write_llama(tmp_path / "tiny.gguf", head_dim=64), tmp_path / "speed.json"
+    run = turbokv(
+        "speed", "-m", model, "--depth", "0,32", "--cache", "turbo3,q8_0/turbo3,tbq3", "--rounds", "2", "-n", "2",
+        "-p", "8", "-t", "1", "--json", path,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "2 of 8 failed" in run.err
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(record["cache"], record["depth"]) for record in records] == [
+        (cache, depth) for depth in (0, 32) for cache in ("f16/f16", "turbo3/turbo3", "q8_0/turbo3", "tbq3/tbq3")
+    ]
+    for record in records:
+        if record["cache"] == "tbq3/tbq3":
+            assert "tbq3 needs heads of a multiple of 128 values" in record["error"]
+            continue
+        assert (record["error"], record["rounds"], len(record["samples"])) == (None, 2, 2)
+        for test in ("tg", "pp"):
+            low, high = record[test]["ci95"]
+            assert 0 < low < record[test]["mean"] < high
+            assert 0 < record[test]["ratio_ci95"][0] <= record[test]["ratio_f16"] <= record[test]["ratio_ci95"][1]
+    assert data.MINI.name not in run.out
+
+
+def test_truncated_model_is_refused(tmp_path: Path, turbokv: Turbokv) -> None:
+    half = tmp_path / "half.gguf"
+    half.write_bytes(data.BIAS.read_bytes()[: data.BIAS.stat().st_size // 2])
+    run = turbokv("speed", "-m", half, "--depth", "0", "--cache", "f16", "--rounds", "1")
+    assert run.returncode == 1
+    assert f"turbokv: {half} cannot be loaded" in run.err
+    assert "complete?" in run.err
