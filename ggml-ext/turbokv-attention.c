@@ -27,15 +27,13 @@ enum {
     CHUNK       = 8 * TILE,  // keys
     ROW_GROUP   = 4,         // query rows that are multiplied with K at a time
     PROB_BITS   = 14,        // of a probability, in two factors of 7
-    HEADER      = 2,         // floats before the accumulator of a partial result: maximum, sum
+    MAX_BLOCK   = 128,       // values of an int8 format
+    HEADER      = 16,        // floats before the accumulator of a partial result: maximum, sum, padding to a cache line
     MAX_THREADS_SHARE = 4,   // blocks of rows per thread from which on chunks are not shared out
 };
 
-#if defined(__GNUC__)
-#    define TURBOKV_INLINE static inline __attribute__((always_inline))
-#else
-#    define TURBOKV_INLINE static inline
-#endif
+// Scores, masks and maxima are in units of log2, because 2^x is cheaper than exp(x).
+static const float LOG2E = 1.44269504f;
 
 struct attention {
     const struct ggml_tensor * q;     // [dk, n_q, n_head, n_seq] f32
@@ -43,7 +41,7 @@ struct attention {
     const struct ggml_tensor * v;     // [dv, n_kv, n_head_kv, n_seq_kv]
     const struct ggml_tensor * mask;  // [n_kv, n_q, 1 or n_head, 1 or n_seq] f16, or NULL
     const float *              sinks; // [n_head], or NULL
-    struct ggml_tensor *       dst;   // [dv, n_head, n_q, n_seq] f32
+    const struct ggml_tensor * dst;   // [dv, n_head, n_q, n_seq] f32
 
     const struct int8_format * kf;  // NULL: float tiles
     const struct int8_format * vf;
@@ -53,7 +51,9 @@ struct attention {
     int   group;   // query heads per KV head
     int   n_rows;  // query rows per KV head and sequence; row = position * group + head of the group
     int   row_blocks, chunks;
-    float scale, softcap, max_bias;
+    float scale;    // of a dot product with q: to a score, or to the argument of tanh
+    float softcap;  // 0: none; otherwise score = softcap * tanh
+    float max_bias;
 };
 
 // What a thread needs for one block of rows.
@@ -94,7 +94,7 @@ static bool set_up(struct attention * a, const struct ggml_tensor * dst) {
         .v         = v,
         .mask      = dst->src[3],
         .sinks     = dst->src[4] ? dst->src[4]->data : NULL,
-        .dst       = (struct ggml_tensor *) dst,
+        .dst       = dst,
         .kf        = turbokv_int8_format(k->type),
         .vf        = turbokv_int8_format(v->type),
         .dk        = (int) k->ne[0],
@@ -117,9 +117,8 @@ static bool set_up(struct attention * a, const struct ggml_tensor * dst) {
     memcpy(&a->scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&a->max_bias, (const float *) dst->op_params + 1, sizeof(float));
     memcpy(&a->softcap, (const float *) dst->op_params + 2, sizeof(float));
-    if (a->softcap != 0.0f) {
-        a->scale /= a->softcap;
-    }
+    a->scale = a->softcap != 0.0f ? a->scale / a->softcap : a->scale * LOG2E;
+    a->softcap *= LOG2E;
     return true;
 }
 
@@ -170,24 +169,24 @@ static float * partial_at(const struct attention * a, float * partials, int seq,
 
 // ---- float functions
 
-// exp(x) for x <= 88, 0 below -87; relative error 2e-7. exp(n ln 2 + r) = 2^n (1 + r + r^2 P(r)), |r| <= ln(2) / 2; P is the
-// minimax polynomial of degree 3 for the relative error.
-static inline vf vf_exp(vf x) {
-    const vi n = vi_round(vf_mul(x, vf_set1(1.44269504f)));
-    const vf m = vf_from_int(n);
-    const vf r = vf_sub(vf_sub(x, vf_mul(m, vf_set1(0.693359375f))), vf_mul(m, vf_set1(-2.12194440e-4f)));
-    vf       p = vf_set1(0.008312521f);
-    p          = vf_add(vf_mul(p, r), vf_set1(0.041890156f));
-    p          = vf_add(vf_mul(p, r), vf_set1(0.16667114f));
-    p          = vf_add(vf_mul(p, r), vf_set1(0.4999923f));
-    p          = vf_add(vf_add(vf_mul(vf_mul(r, r), p), r), vf_set1(1.0f));
-    const vf y = vf_mul(p, vf_bits(vi_shl(vi_add(n, vi_set1(127)), 23)));
-    return vf_select_lt(x, vf_set1(-87.0f), vf_set1(0.0f), y);
+// 2^x for x <= 126, 0 below -126; relative error 2e-7. 2^(n + r) = 2^n P(r), |r| <= 1/2, P the minimax polynomial of
+// degree 5 for the relative error with P(0) = 1.
+static inline vf vf_exp2(vf x) {
+    const vi n = vi_round(x);
+    const vf r = vf_sub(x, vf_from_int(n));
+    vf       p = vf_set1(0.0013264727f);
+    p          = vf_add(vf_mul(p, r), vf_set1(0.009671513f));
+    p          = vf_add(vf_mul(p, r), vf_set1(0.055507336f));
+    p          = vf_add(vf_mul(p, r), vf_set1(0.24022242f));
+    p          = vf_add(vf_mul(p, r), vf_set1(0.693147f));
+    p          = vf_add(vf_mul(p, r), vf_set1(1.0f));
+    const vf y = vf_bits(vi_add(vi_from_bits(p), vi_shl(n, 23)));
+    return vf_select_lt(x, vf_set1(-126.0f), vf_set1(0.0f), y);
 }
 
-static inline float exp_one(float x) {
+static inline float exp2_one(float x) {
     float lanes[VEC_LANES];
-    vf_store(lanes, vf_exp(vf_set1(x)));
+    vf_store(lanes, vf_exp2(vf_set1(x)));
     return lanes[0];
 }
 
@@ -195,37 +194,27 @@ static inline float exp_one(float x) {
 static inline vf vf_tanh(vf x) {
     x = vf_select_lt(x, vf_set1(-10.0f), vf_set1(-10.0f), x);
     x = vf_select_lt(vf_set1(10.0f), x, vf_set1(10.0f), x);
-    const vf e = vf_exp(vf_add(x, x));
+    const vf e = vf_exp2(vf_mul(x, vf_set1(2.0f * LOG2E)));
     return vf_sub(vf_set1(1.0f), vf_div(vf_set1(2.0f), vf_add(e, vf_set1(1.0f))));
-}
-
-static inline float lanes_max(vf x) {
-    float lanes[VEC_LANES];
-    vf_store(lanes, x);
-    for (int width = VEC_LANES / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) {
-            lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-        }
-    }
-    return lanes[0];
 }
 
 // The same tree for every number of lanes: 16 sums of every sixteenth value, then halves.
 static inline float tile_sum(const float * x) {
-    float sums[16];
-    for (int i = 0; i < 16; i += VEC_LANES) {
-        vf sum = vf_load(x + i);
+    enum { VECTORS = 16 / VEC_LANES };
+
+    vf sums[VECTORS];
+    for (int i = 0; i < VECTORS; ++i) {
+        sums[i] = vf_load(x + i * VEC_LANES);
         for (int j = 16; j < TILE; j += 16) {
-            sum = vf_add(sum, vf_load(x + j + i));
-        }
-        vf_store(sums + i, sum);
-    }
-    for (int width = 8; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) {
-            sums[i] += sums[i + width];
+            sums[i] = vf_add(sums[i], vf_load(x + j + i * VEC_LANES));
         }
     }
-    return sums[0];
+    for (int half = VECTORS / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) {
+            sums[i] = vf_add(sums[i], sums[i + half]);
+        }
+    }
+    return vf_reduce_add(sums[0]);
 }
 
 // ---- query
@@ -245,20 +234,29 @@ static void quantize_query(const struct attention * a, float * x, int8_t * q, fl
     if (f->rotates) {
         turbokv_srht(x);
     }
-    float max = 0.0f;
-    bool  bad = false;
+    // The largest magnitude as bits, which order like the values; those of infinity and NaN are above all others.
+    uint32_t max_bits = 0;
     for (int i = 0; i < f->block; ++i) {
-        max = fmaxf(max, fabsf(x[i]));
-        bad |= !isfinite(x[i]);
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof(bits));
+        bits &= 0x7fffffff;
+        max_bits = bits > max_bits ? bits : max_bits;
     }
-    const float inverse = max > 0.0f && !bad ? 127.0f / max : 0.0f;
-    int         sum     = 0;
+    float max;
+    memcpy(&max, &max_bits, sizeof(max));
+
+    const bool  finite  = max_bits < 0x7f800000;
+    const float inverse = finite && max > 0.0f ? 127.0f / max : 0.0f;
+    int32_t     values[MAX_BLOCK];
+    for (int i = 0; i < f->block; i += VEC_LANES) {
+        vi_store(values + i, vi_round(vf_mul(vf_load(x + i), vf_set1(inverse))));
+    }
+    int sum = 0;
     for (int p = 0; p < f->block; ++p) {
-        const float value = x[turbokv_tile_order(f, p)];
-        q[p]              = bad ? 0 : (int8_t) lrintf(value * inverse);
+        q[p] = finite ? (int8_t) values[turbokv_tile_order(f, p)] : 0;
         sum += q[p];
     }
-    *scale  = bad ? NAN : max / 127.0f * a->scale;
+    *scale  = finite ? max / 127.0f * a->scale : NAN;
     *offset = -TURBOKV_K_OFFSET * sum;
 }
 
@@ -266,7 +264,7 @@ static void load_query(const struct attention * a, struct scratch * s, int seq, 
     for (int i = 0; i < n; ++i) {
         const int    position = (row0 + i) / a->group;
         const int    head     = head_kv * a->group + (row0 + i) % a->group;
-        s->slope[i] = slope_of(a, head);
+        s->slope[i] = slope_of(a, head) * LOG2E;
 
         const char * data =
             (const char *) a->q->data + position * a->q->nb[1] + head * a->q->nb[2] + seq * a->q->nb[3];
@@ -316,7 +314,7 @@ static enum visibility read_mask(const ggml_fp16_t * in, int n_keys, float * out
         max        = vf_max(max, m);
         vf_store(out + i, m);
     }
-    return lanes_max(max) == -INFINITY ? HIDDEN : MASKED;
+    return vf_reduce_max(max) == -INFINITY ? HIDDEN : MASKED;
 }
 
 // ---- scores
@@ -332,23 +330,29 @@ TURBOKV_INLINE void scores_int8_rows(const struct attention * a, const struct sc
         for (int b = 0; b < a->k_blocks; ++b) {
             const uint32_t * q[ROW_GROUP];
             vi               sum[ROW_GROUP][VECTORS];
+            TURBOKV_UNROLL
             for (int r = 0; r < n; ++r) {
                 q[r] = s->q_int8 + rows[r] * (a->dk / 4) + b * words;
+                TURBOKV_UNROLL
                 for (int j = 0; j < VECTORS; ++j) {
                     sum[r][j] = vi_set1((uint32_t) s->q_offset[rows[r] * a->k_blocks + b]);
                 }
             }
             for (int c = 0; c < words; ++c) {
                 const uint32_t * k = tile + (b * words + c) * TILE + key;
+                TURBOKV_UNROLL
                 for (int j = 0; j < VECTORS; ++j) {
                     const vi kj = vi_load(k + j * VEC_LANES);
+                    TURBOKV_UNROLL
                     for (int r = 0; r < n; ++r) {
                         sum[r][j] = vi_dot_k(sum[r][j], kj, vi_set1(q[r][c]));
                     }
                 }
             }
+            TURBOKV_UNROLL
             for (int r = 0; r < n; ++r) {
                 const vf scale = vf_set1(s->q_scale[rows[r] * a->k_blocks + b]);
+                TURBOKV_UNROLL
                 for (int j = 0; j < VECTORS; ++j) {
                     float *  out = score[r] + key + j * VEC_LANES;
                     const vf d   = vf_load(s->k_scale + b * TILE + key + j * VEC_LANES);
@@ -368,22 +372,28 @@ TURBOKV_INLINE void scores_float_rows(const struct attention * a, const struct s
     for (int key = 0; key < TILE; key += KEYS) {
         const float * q[ROW_GROUP];
         vf            sum[ROW_GROUP][VECTORS];
+        TURBOKV_UNROLL
         for (int r = 0; r < n; ++r) {
             q[r] = s->q_float + rows[r] * a->dk;
+            TURBOKV_UNROLL
             for (int j = 0; j < VECTORS; ++j) {
                 sum[r][j] = vf_set1(0.0f);
             }
         }
         for (int d = 0; d < a->dk; ++d) {
             const float * k = (const float *) s->k_tile + d * TILE + key;
+            TURBOKV_UNROLL
             for (int j = 0; j < VECTORS; ++j) {
                 const vf kj = vf_load(k + j * VEC_LANES);
+                TURBOKV_UNROLL
                 for (int r = 0; r < n; ++r) {
                     sum[r][j] = vf_fma(vf_set1(q[r][d]), kj, sum[r][j]);
                 }
             }
         }
+        TURBOKV_UNROLL
         for (int r = 0; r < n; ++r) {
+            TURBOKV_UNROLL
             for (int j = 0; j < VECTORS; ++j) {
                 vf_store(score[r] + key + j * VEC_LANES, sum[r][j]);
             }
@@ -413,10 +423,11 @@ static void scores(const struct attention * a, const struct scratch * s, int n, 
 
 // ---- softmax
 
-// Turns scores into exp(score - maximum), in place, and brings `state` (maximum, sum) up to date. Hidden keys become
+// Turns scores into 2^(score - maximum), in place, and brings `state` (maximum, sum) up to date. Hidden keys become
 // exactly 0. Returns the factor for what was summed before.
 static float softmax(const struct attention * a, float * score, const float * mask, float slope, float * state) {
     vf max = vf_set1(-INFINITY);
+    TURBOKV_UNROLL
     for (int i = 0; i < TILE; i += VEC_LANES) {
         vf x = vf_load(score + i);
         if (a->softcap != 0.0f) {
@@ -430,11 +441,11 @@ static float softmax(const struct attention * a, float * score, const float * ma
         max = vf_max(max, x);
     }
     const float before  = state[0];
-    const float tile    = lanes_max(max);
+    const float tile    = vf_reduce_max(max);
     const float now     = before > tile ? before : tile;
-    const float rescale = before == now ? 1.0f : exp_one(before - now);
+    const float rescale = before == now ? 1.0f : exp2_one(before - now);
     for (int i = 0; i < TILE; i += VEC_LANES) {
-        vf_store(score + i, vf_exp(vf_sub(vf_load(score + i), vf_set1(now))));
+        vf_store(score + i, vf_exp2(vf_sub(vf_load(score + i), vf_set1(now))));
     }
     state[0] = now;
     state[1] = state[1] * rescale + tile_sum(score);
@@ -448,18 +459,21 @@ TURBOKV_INLINE void values_int8_places(const int vectors, const uint32_t * high,
                                        const uint32_t * tile, int stride, float step, float rescale, float * sum) {
     vi h[8];
     vi l[8];
+    TURBOKV_UNROLL
     for (int j = 0; j < vectors; ++j) {
         h[j] = l[j] = vi_set1(0);
     }
     for (int quad = 0; quad < TILE / 4; ++quad) {
         const vi ph = vi_set1(high[quad]);
         const vi pl = vi_set1(low[quad]);
+        TURBOKV_UNROLL
         for (int j = 0; j < vectors; ++j) {
             const vi v = vi_load(tile + quad * stride + j * VEC_LANES);
             h[j]       = vi_dot_v(h[j], ph, v);
             l[j]       = vi_dot_v(l[j], pl, v);
         }
     }
+    TURBOKV_UNROLL
     for (int j = 0; j < vectors; ++j) {
         const vf x   = vf_mul(vf_from_int(vi_add(vi_shl(h[j], PROB_BITS / 2), l[j])), vf_set1(step));
         float *  out = sum + j * VEC_LANES;
@@ -470,6 +484,7 @@ TURBOKV_INLINE void values_int8_places(const int vectors, const uint32_t * high,
 TURBOKV_INLINE void values_float_places(const int vectors, const float * prob, const float * tile, int stride,
                                         float rescale, float * sum) {
     vf x[8];
+    TURBOKV_UNROLL
     for (int j = 0; j < vectors; ++j) {
         x[j] = vf_set1(0.0f);
     }
@@ -477,10 +492,12 @@ TURBOKV_INLINE void values_float_places(const int vectors, const float * prob, c
         if (prob[key] == 0.0f) {
             continue;  // a hidden value may be NaN
         }
+        TURBOKV_UNROLL
         for (int j = 0; j < vectors; ++j) {
             x[j] = vf_fma(vf_set1(prob[key]), vf_load(tile + key * stride + j * VEC_LANES), x[j]);
         }
     }
+    TURBOKV_UNROLL
     for (int j = 0; j < vectors; ++j) {
         float * out = sum + j * VEC_LANES;
         vf_store(out, vf_add(vf_mul(vf_load(out), vf_set1(rescale)), x[j]));
@@ -496,7 +513,7 @@ static float quantize_probabilities(const float * prob, const float * scale, uin
     for (int i = 0; i < TILE; i += VEC_LANES) {
         max = vf_max(max, vf_mul(vf_load(prob + i), vf_load(scale + i)));
     }
-    const float top     = lanes_max(max);
+    const float top     = vf_reduce_max(max);
     const bool  any     = top > 1e-30f;  // below, 1 / top would overflow; fp16 scales end at 6e-8
     const float inverse = any ? largest / top : 0.0f;
     for (int i = 0; i < TILE; i += VEC_LANES) {
@@ -566,6 +583,23 @@ static struct tile_source keys_of(const struct ggml_tensor * t, const struct int
     };
 }
 
+// Asks for the rows of the tile after this one: rows of one head are too far apart for the hardware's prefetchers.
+static void prefetch_after(const struct tile_source * src, int n_kv_left) {
+#if defined(__GNUC__)
+    const char * data = src->data + TILE * src->stride;
+    const size_t last = ggml_row_size(src->type, src->n) - 1;
+    for (int key = 0; key < TILE && key < n_kv_left; ++key, data += src->stride) {
+        for (size_t byte = 0; byte < last; byte += 64) {
+            __builtin_prefetch(data + byte, 0, 2);
+        }
+        __builtin_prefetch(data + last, 0, 2);
+    }
+#else
+    (void) src;
+    (void) n_kv_left;
+#endif
+}
+
 static void reset(const struct attention * a, float * states, int n) {
     for (int i = 0; i < n; ++i) {
         float * state = states + i * (HEADER + a->dv);
@@ -609,6 +643,8 @@ static void attend(const struct attention * a, struct scratch * s, int seq, int 
         }
         const struct tile_source k = keys_of(a->k, a->kf, key0, n_keys, head_kv, seq_kv);
         const struct tile_source v = keys_of(a->v, a->vf, key0, n_keys, head_kv, seq_kv);
+        prefetch_after(&k, a->n_kv - key0 - TILE);
+        prefetch_after(&v, a->n_kv - key0 - TILE);
         if (a->kf) {
             turbokv_k_tile_int8(&k, s->k_tile, s->k_scale);
         } else {
@@ -640,8 +676,8 @@ static void merge(const struct attention * a, float * total, const float * part)
         return;  // it saw no key
     }
     const float max      = total[0] > part[0] ? total[0] : part[0];
-    const float of_total = exp_one(total[0] - max);
-    const float of_part  = exp_one(part[0] - max);
+    const float of_total = exp2_one(total[0] - max);
+    const float of_part  = exp2_one(part[0] - max);
     for (int d = 1; d < HEADER + a->dv; ++d) {
         total[d] = total[d] * of_total + part[d] * of_part;
     }
@@ -653,9 +689,10 @@ static void finish(const struct attention * a, float * state, float * row, int s
     const int position = row_index / a->group;
     const int head     = head_kv * a->group + row_index % a->group;
     if (a->sinks) {
-        const float max = state[0] > a->sinks[head] ? state[0] : a->sinks[head];
-        const float old = exp_one(state[0] - max);
-        state[1]        = state[1] * old + exp_one(a->sinks[head] - max);
+        const float sink = a->sinks[head] * LOG2E;
+        const float max  = state[0] > sink ? state[0] : sink;
+        const float old  = exp2_one(state[0] - max);
+        state[1]         = state[1] * old + exp2_one(sink - max);
         for (int d = 0; d < a->dv; ++d) {
             state[HEADER + d] *= old;
         }

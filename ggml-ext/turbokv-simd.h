@@ -37,6 +37,15 @@
 #    define TURBOKV_K_OFFSET 0
 #endif
 
+// Accumulators stay in registers only when the loops over them are unrolled.
+#if defined(__GNUC__)
+#    define TURBOKV_INLINE static inline __attribute__((always_inline))
+#    define TURBOKV_UNROLL _Pragma("GCC unroll 8")
+#else
+#    define TURBOKV_INLINE static inline
+#    define TURBOKV_UNROLL
+#endif
+
 // vi: lanes of uint32_t or of four bytes. vf: lanes of float. vt: a table of 16 bytes.
 //
 // vi_lookup(t, i)      each byte of i, 0..15, is replaced by that byte of the table
@@ -47,6 +56,8 @@
 // vf_select_lt         a < b ? x : y; y where one of them is NaN
 // vf_half(p)           VEC_LANES fp16 values from memory
 // vi_store_bytes(p, x) the low byte of every lane to memory
+// vf_reduce_max        the largest lane; any of them where one is NaN
+// vf_reduce_add        lanes i and i + VEC_LANES / 2 are added, and so on with the halves
 
 #if defined(TURBOKV_SIMD_AVX512)
 
@@ -66,8 +77,17 @@ static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 #    define vi_shr(x, n) _mm512_srli_epi32(x, n)
 static inline vt vt_load(const int8_t * p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) p)); }
 static inline vi vi_lookup(vt t, vi i) { return _mm512_shuffle_epi8(t, i); }
-static inline vi vi_dot_k(vi a, vi k, vi q) { return _mm512_dpbusd_epi32(a, k, q); }
-static inline vi vi_dot_v(vi a, vi p, vi v) { return _mm512_dpbusd_epi32(a, p, v); }
+static inline vi dot_u8_s8(vi a, vi u, vi s) {
+#    if defined(__GNUC__) && !defined(__clang__)
+    // GCC 12 copies the accumulator around the intrinsic, twice per use, and runs out of registers: half the speed.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(a) : "v"(u), "v"(s));
+    return a;
+#    else
+    return _mm512_dpbusd_epi32(a, u, s);
+#    endif
+}
+static inline vi vi_dot_k(vi a, vi k, vi q) { return dot_u8_s8(a, k, q); }
+static inline vi vi_dot_v(vi a, vi p, vi v) { return dot_u8_s8(a, p, v); }
 static inline void vi_store_bytes(uint8_t * p, vi x) { _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8(x)); }
 
 static inline vf vf_load(const float * p) { return _mm512_loadu_ps(p); }
@@ -82,9 +102,26 @@ static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf vf_select_lt(vf a, vf b, vf x, vf y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
+static inline float reduce_max_128(__m128 x) {
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+static inline float reduce_add_128(__m128 x) {
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+static inline float vf_reduce_max(vf x) {
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    return reduce_max_128(_mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+static inline float vf_reduce_add(vf x) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    return reduce_add_128(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 static inline vf vf_from_int(vi x) { return _mm512_cvtepi32_ps(x); }
 static inline vi vi_round(vf x) { return _mm512_cvtps_epi32(x); }
 static inline vf vf_bits(vi x) { return _mm512_castsi512_ps(x); }
+static inline vi vi_from_bits(vf x) { return _mm512_castps_si512(x); }
 static inline vf vf_half(const void * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
 
 #elif defined(TURBOKV_SIMD_AVX2)
@@ -141,9 +178,20 @@ static inline vf vf_fma(vf a, vf b, vf c) {
 static inline vf vf_select_lt(vf a, vf b, vf x, vf y) {
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
+static inline float vf_reduce_max(vf x) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    m        = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+static inline float vf_reduce_add(vf x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s        = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
 static inline vf vf_from_int(vi x) { return _mm256_cvtepi32_ps(x); }
 static inline vi vi_round(vf x) { return _mm256_cvtps_epi32(x); }
 static inline vf vf_bits(vi x) { return _mm256_castsi256_ps(x); }
+static inline vi vi_from_bits(vf x) { return _mm256_castps_si256(x); }
 static inline vf vf_half(const void * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
 
 #elif defined(TURBOKV_SIMD_NEON)
@@ -194,9 +242,15 @@ static inline vf vf_div(vf a, vf b) { return vdivq_f32(a, b); }
 static inline vf vf_max(vf a, vf b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 static inline vf vf_select_lt(vf a, vf b, vf x, vf y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
+static inline float vf_reduce_max(vf x) { return vmaxvq_f32(x); }
+static inline float vf_reduce_add(vf x) {
+    const float32x2_t s = vadd_f32(vget_low_f32(x), vget_high_f32(x));
+    return vget_lane_f32(s, 0) + vget_lane_f32(s, 1);
+}
 static inline vf vf_from_int(vi x) { return vcvtq_f32_s32(vreinterpretq_s32_u32(x)); }
 static inline vi vi_round(vf x) { return vreinterpretq_u32_s32(vcvtnq_s32_f32(x)); }
 static inline vf vf_bits(vi x) { return vreinterpretq_f32_u32(x); }
+static inline vi vi_from_bits(vf x) { return vreinterpretq_u32_f32(x); }
 static inline vf vf_half(const void * p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *) p))); }
 
 #else
@@ -247,6 +301,8 @@ static inline vf vf_div(vf a, vf b) { return a / b; }
 static inline vf vf_max(vf a, vf b) { return a > b ? a : b; }
 static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 static inline vf vf_select_lt(vf a, vf b, vf x, vf y) { return a < b ? x : y; }
+static inline float vf_reduce_max(vf x) { return x; }
+static inline float vf_reduce_add(vf x) { return x; }
 static inline vf vf_from_int(vi x) { return (float) (int32_t) x; }
 static inline vi vi_round(vf x) {
     // Adding 1.5 * 2^23 leaves no fraction bits: the sum is rounded as the mode says, to the nearest.
@@ -256,6 +312,11 @@ static inline vf vf_bits(vi x) {
     float f;
     memcpy(&f, &x, 4);
     return f;
+}
+static inline vi vi_from_bits(vf x) {
+    uint32_t i;
+    memcpy(&i, &x, 4);
+    return i;
 }
 static inline vf vf_half(const void * p) {
     ggml_fp16_t h;

@@ -33,57 +33,91 @@ const struct int8_format * turbokv_int8_format(enum ggml_type type) {
 
 // ---- packed bytes side by side
 
-// The indices of one block of every key, as rows of a multiple of 16 bytes: in place, or copied to `copies`.
+// Where the indices of one block of every key are: in place, or, where they have to be split or are no multiple of 16
+// bytes, in `copies`. Returns the bytes per row, a multiple of 16.
 static int index_rows(const struct tile_source * src, int block, const uint8_t ** row, uint8_t * copies) {
     static const uint8_t       zeros[MAX_INDEX_BYTES] = { 0 };
     const struct int8_format * f                      = src->format;
 
-    const bool split = f->packing == PACKING_STREAM3;
-    const bool pad   = f->index_bytes % 16 != 0;
-    const int  bytes = (f->index_bytes + 15) / 16 * 16;
-    for (int key = 0; key < TILE; ++key) {
-        if (key >= src->n_keys) {
-            row[key] = zeros;
-            continue;
+    const uint8_t * data = (const uint8_t *) src->data + (size_t) block * f->block_bytes + f->indices;
+    for (int key = 0; key < src->n_keys; ++key) {
+        row[key] = data + key * src->stride;
+    }
+    for (int key = src->n_keys; key < TILE; ++key) {
+        row[key] = zeros;
+    }
+    if (f->packing == PACKING_STREAM3) {
+        for (int key = 0; key < src->n_keys; ++key, copies += MAX_INDEX_BYTES) {
+            split_triples(row[key], copies);
+            row[key] = copies;
         }
-        row[key] = (const uint8_t *) src->data + key * src->stride + (size_t) block * f->block_bytes + f->indices;
-        if (split || pad) {
-            uint8_t * copy = copies + key * MAX_INDEX_BYTES;
-            if (split) {
-                split_triples(row[key], copy);
-            } else {
-                memcpy(copy, row[key], f->index_bytes);
-            }
-            row[key] = copy;
+    } else if (f->index_bytes % 16 != 0) {
+        for (int key = 0; key < src->n_keys; ++key, copies += MAX_INDEX_BYTES) {
+            memcpy(copies, row[key], f->index_bytes);
+            row[key] = copies;
         }
     }
-    return bytes;
+    return (f->index_bytes + 15) / 16 * 16;
 }
 
 static void block_scales(const struct tile_source * src, int block, float * scales) {
-    const struct int8_format * f = src->format;
+    const struct int8_format * f    = src->format;
+    const char *               data = src->data + (size_t) block * f->block_bytes + f->scale;
 
-    ggml_half d[TILE] = { 0 };
+    ggml_half d[TILE];
     for (int key = 0; key < src->n_keys; ++key) {
-        memcpy(&d[key], src->data + key * src->stride + (size_t) block * f->block_bytes + f->scale, sizeof(ggml_half));
+        memcpy(&d[key], data + key * src->stride, sizeof(ggml_half));
+    }
+    for (int key = src->n_keys; key < TILE; ++key) {
+        d[key] = 0;
     }
     for (int key = 0; key < TILE; key += VEC_LANES) {
         vf_store(scales + key, vf_mul(vf_half(d + key), vf_set1(f->step)));
     }
 }
 
+// Sets scales that are infinite or NaN to zero; returns a bit for each of them.
+static uint64_t drop_bad_scales(float * scales) {
+    uint32_t any = 0;
+    for (int key = 0; key < TILE; ++key) {
+        uint32_t bits;
+        memcpy(&bits, scales + key, sizeof(bits));
+        any |= (bits & 0x7f800000) == 0x7f800000;
+    }
+    uint64_t bad = 0;
+    for (int key = 0; any && key < TILE; ++key) {
+        if (!isfinite(scales[key])) {
+            bad |= (uint64_t) 1 << key;
+            scales[key] = 0.0f;
+        }
+    }
+    return bad;
+}
+
 // ---- unpacking
 
-// Unpacks `n` words of packed bytes. Field f of word i goes to out[f * field_stride + i]; for PLANE21 and STREAM3 the
-// second and third plane of bytes start at plane_stride and 2 * plane_stride.
-static inline void unpack(enum packing packing, vt table, uint32_t offset, const uint32_t * in, int plane_stride,
-                          int n, uint32_t * out, int field_stride) {
-    const vi ones  = vi_set1(0x01010101);
-    const vi low2  = vi_set1(0x03030303);
-    const vi low3  = vi_set1(0x07070707);
-    const vi low4  = vi_set1(0x0f0f0f0f);
-    const vi four  = vi_set1(0x04040404);
-    const vi six   = vi_set1(0x06060606);
+// Packed words, and where their fields go. There are `groups` of `n` words each; field f of word i of a group goes to
+// out[f * field_stride + i]. The second and third plane of PLANE21 and STREAM3 start plane_stride words behind the last.
+struct unpacking {
+    const uint32_t * in;
+    uint32_t *       out;
+    int              groups, in_group_stride, out_group_stride;
+    int              n, plane_stride, field_stride;
+};
+
+TURBOKV_INLINE void unpack_group(enum packing packing, vt table, uint32_t offset, const struct unpacking * u, int group) {
+    const uint32_t * in           = u->in + group * u->in_group_stride;
+    uint32_t *       out          = u->out + group * u->out_group_stride;
+    const int        n            = u->n;
+    const int        plane_stride = u->plane_stride;
+    const int        field_stride = u->field_stride;
+
+    const vi ones = vi_set1(0x01010101);
+    const vi low2 = vi_set1(0x03030303);
+    const vi low3 = vi_set1(0x07070707);
+    const vi low4 = vi_set1(0x0f0f0f0f);
+    const vi four = vi_set1(0x04040404);
+    const vi six  = vi_set1(0x06060606);
 
 #define PUT(field, index) vi_store(out + (field) * field_stride + i, vi_lookup(table, index))
     switch (packing) {
@@ -137,6 +171,24 @@ static inline void unpack(enum packing packing, vt table, uint32_t offset, const
 #undef PUT
 }
 
+// One branch per tile, not per group.
+static void unpack(enum packing packing, vt table, uint32_t offset, const struct unpacking * u) {
+#define UNPACK(name)                                       \
+    case name:                                             \
+        for (int group = 0; group < u->groups; ++group) {  \
+            unpack_group(name, table, offset, u, group);   \
+        }                                                  \
+        break
+    switch (packing) {
+        UNPACK(PACKING_INT8);
+        UNPACK(PACKING_PLANE2);
+        UNPACK(PACKING_PLANE21);
+        UNPACK(PACKING_PLANE4);
+        UNPACK(PACKING_STREAM3);
+    }
+#undef UNPACK
+}
+
 static vt level_table(const struct int8_format * f, int offset, int8_t * buffer) {
     for (int i = 0; i < 16; ++i) {
         buffer[i] = (int8_t) (f->level ? f->level[i] + offset : 0);
@@ -165,10 +217,12 @@ void turbokv_k_tile_int8(const struct tile_source * src, uint32_t * tile, float 
         const int bytes = index_rows(src, block, row, copies);
         for (int column = 0; column < bytes; column += 16) {
             for (int key = 0; key < TILE; key += 4) {
-                const uint8_t * at[4];
-                for (int r = 0; r < 4; ++r) {
-                    at[r] = row[key + r] + column;
-                }
+                const uint8_t * const at[4] = {
+                    row[key] + column,
+                    row[key + 1] + column,
+                    row[key + 2] + column,
+                    row[key + 3] + column,
+                };
                 transpose_words(at, packed + column / 4 * TILE + key, TILE);
             }
         }
@@ -176,8 +230,15 @@ void turbokv_k_tile_int8(const struct tile_source * src, uint32_t * tile, float 
         if (f->packing == PACKING_PLANE21) {
             extend_high_plane(packed + plane_words * TILE, plane_words / 2 * TILE);
         }
-        unpack(f->packing, table, TURBOKV_K_OFFSET * 0x01010101u, packed, plane_words * TILE, plane_words * TILE,
-               tile + block * (f->block / 4) * TILE, plane_words * TILE);
+        const struct unpacking u = {
+            .in           = packed,
+            .out          = tile + block * (f->block / 4) * TILE,
+            .groups       = 1,
+            .n            = plane_words * TILE,
+            .plane_stride = plane_words * TILE,
+            .field_stride = plane_words * TILE,
+        };
+        unpack(f->packing, table, TURBOKV_K_OFFSET * 0x01010101u, &u);
     }
 }
 
@@ -185,35 +246,41 @@ void turbokv_v_tile_int8(const struct tile_source * src, uint32_t * tile, float 
     const struct int8_format * f = src->format;
     const uint8_t *            row[TILE];
     uint8_t                    copies[TILE * MAX_INDEX_BYTES];
-    uint32_t                   packed[MAX_INDEX_BYTES];
+    uint32_t                   packed[TILE / 4 * MAX_INDEX_BYTES];
     int8_t                     levels[16];
     const vt                   table = level_table(f, 0, levels);
 
     assert(src->n % f->block == 0);
     for (int block = 0; block < src->n / f->block; ++block) {
-        float * d = scales + block * TILE;
-        block_scales(src, block, d);
-        bad[block] = 0;
-        for (int key = 0; key < TILE; ++key) {
-            if (!isfinite(d[key])) {
-                bad[block] |= (uint64_t) 1 << key;
-                d[key] = 0.0f;
-            }
-        }
+        block_scales(src, block, scales + block * TILE);
+        bad[block]      = drop_bad_scales(scales + block * TILE);
         const int bytes = index_rows(src, block, row, copies);
         for (int quad = 0; quad < TILE / 4; ++quad) {
+            uint32_t * words = packed + quad * MAX_INDEX_BYTES;
             for (int column = 0; column < bytes; column += 16) {
-                const uint8_t * at[4];
-                for (int r = 0; r < 4; ++r) {
-                    at[r] = row[4 * quad + r] + column;
-                }
-                interleave_bytes(at, packed + column);
+                const uint8_t * const at[4] = {
+                    row[4 * quad] + column,
+                    row[4 * quad + 1] + column,
+                    row[4 * quad + 2] + column,
+                    row[4 * quad + 3] + column,
+                };
+                interleave_bytes(at, words + column);
             }
             if (f->packing == PACKING_PLANE21) {
-                extend_high_plane(packed + f->plane, f->plane / 2);
+                extend_high_plane(words + f->plane, f->plane / 2);
             }
-            unpack(f->packing, table, 0, packed, f->plane, f->plane, tile + quad * src->n + block * f->block, f->plane);
         }
+        const struct unpacking u = {
+            .in               = packed,
+            .out              = tile + block * f->block,
+            .groups           = TILE / 4,
+            .in_group_stride  = MAX_INDEX_BYTES,
+            .out_group_stride = src->n,
+            .n                = f->plane,
+            .plane_stride     = f->plane,
+            .field_stride     = f->plane,
+        };
+        unpack(f->packing, table, 0, &u);
     }
 }
 
