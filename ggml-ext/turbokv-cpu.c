@@ -1,10 +1,19 @@
-// Correct first: each block is decoded by the reference codec, then multiplied with the q8_0 row in float.
+// from_float is the reference encoder, compiled for the instruction set of the CPU variant. vec_dot is correct first:
+// each block is decoded by the reference codec, then multiplied with the q8_0 row in float.
 
 #include "turbokv-cpu.h"
 
 #include <assert.h>
 
 #include "ggml-impl.h"
+#include "turbokv-encode.h"
+
+#define TURBOKV_CODEC(name, qk, bits, packing, srht, table)                                                            \
+    void quantize_row_##name(const float * GGML_RESTRICT x, void * GGML_RESTRICT vy, int64_t k) {                      \
+        block_##name * y = vy;                                                                                         \
+        TURBOKV_ENCODE_ROW(x, y, k, qk, bits, packing, srht, table);                                                   \
+    }
+#include "turbokv-codec-list.inc"
 
 // Dot product of n decoded floats (n a multiple of QK8_0) with q8_0 blocks. One sum per lane: a single sum could
 // not be vectorized without reordering float additions.

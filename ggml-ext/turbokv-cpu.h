@@ -1,5 +1,6 @@
 // CPU-backend side of the turbokv types: the rows of type_traits_cpu[].
 //
+// from_float: k values of x, k a multiple of the block, to blocks y; the bytes of quantize_row_<type>_ref, only faster.
 // vec_dot: s[0] = sum over n values of x (a row of ours) times y (a q8_0 row); n a multiple of the block.
 // The other arguments are ggml's vec_dot signature; only nrc == 1 is supported (traits say nrows = 1).
 
@@ -14,6 +15,7 @@
 extern "C" {
 #endif
 
+#include "turbokv-cpu-quants.inc"
 #include "turbokv-vec-dots.inc"
 
 #ifdef __cplusplus

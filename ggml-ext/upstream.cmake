@@ -150,8 +150,8 @@ foreach (target ${TURBOKV_CPU_LIBRARIES})
     target_sources(${target} PRIVATE ${cpu_sources})
 endforeach()
 if (NOT MSVC)   # the same bits on every instruction set: no multiply-add where the source has none
-    set_source_files_properties(${cpu_sources} TARGET_DIRECTORY ${TURBOKV_CPU_LIBRARIES}
-        PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+    set_source_files_properties(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-quants.c ${cpu_sources}
+        TARGET_DIRECTORY ggml-base ${TURBOKV_CPU_LIBRARIES} PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 endif()
 target_sources(llama     PRIVATE ${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cpp)
 set_source_files_properties(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cpp

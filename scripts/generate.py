@@ -87,13 +87,13 @@ def tables() -> str:
         # Short tables repeat: any index of four bits gives a level.
         int8_levels = ", ".join(str(level) for level in table.int8_levels * (16 // len(table.levels)))
         out.append(f"static const int8_t turbokv_{table.name}_int8[16] = {{ {int8_levels} }};\n")
-    signs = ", ".join(f"{word:#010x}" for word in SRHT_SIGNS)
+    signs = ", ".join("-1" if SRHT_SIGNS[j // 32] >> (j % 32) & 1 else "1" for j in range(SRHT_SIZE))
     scale = f"{codec.SRHT_SCALE!s}f"
     out.append(
-        f"\n// Of the rotation inside tbqN: value j is negated when bit j % 32 of word j / 32 is set\n"
+        f"\n// Of the rotation inside tbqN: what the values are multiplied with before the transform\n"
         f"#define TURBOKV_SRHT_SIZE  {SRHT_SIZE}\n"
         f"#define TURBOKV_SRHT_SCALE {scale} // 1 / sqrt({SRHT_SIZE})\n"
-        f"static const uint32_t turbokv_srht_signs[{len(SRHT_SIGNS)}] = {{ {signs} }};\n"
+        f"static const float turbokv_srht_signs[TURBOKV_SRHT_SIZE] = {{ {signs} }};\n"
     )
     return "".join(out)
 
@@ -123,6 +123,16 @@ def int8_format(t: KVType) -> str:
     )
 
 
+def codec_list_row(t: KVType) -> str:
+    rotates = str(t.rotation == "codec").lower()
+    arguments = f"{t.index_bits}, {t.packing}, {rotates}, turbokv_{t.table.name}"
+    return f"TURBOKV_CODEC({t.name}, QK_{t.name.upper()}, {arguments})\n"
+
+
+def cpu_quants_prototype(t: KVType) -> str:
+    return f"void quantize_row_{t.name}(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);\n"
+
+
 def vec_dot_prototype(t: KVType) -> str:
     arguments = "int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc"
     return f"void ggml_vec_dot_{t.name}_q8_0({arguments});\n"
@@ -143,7 +153,7 @@ def traits(t: KVType) -> str:
 def traits_cpu(t: KVType) -> str:
     return (
         f"[{enum_name(t)}] = {{\n"
-        f"    .from_float   = (ggml_from_float_t) quantize_row_{t.name}_ref,\n"
+        f"    .from_float   = quantize_row_{t.name},\n"
         f"    .vec_dot      = ggml_vec_dot_{t.name}_q8_0,\n"
         f"    .vec_dot_type = GGML_TYPE_Q8_0,\n"
         f"    .nrows        = 1,\n}},\n"
@@ -215,6 +225,8 @@ def wanted() -> dict[str, bytes]:
         "turbokv-types.h": structs(),
         "turbokv-tables.h": tables(),
         "turbokv-codecs.inc": rows(codec_prototypes),
+        "turbokv-codec-list.inc": rows(codec_list_row),
+        "turbokv-cpu-quants.inc": rows(cpu_quants_prototype),
         "turbokv-vec-dots.inc": rows(vec_dot_prototype),
         "turbokv-int8-formats.inc": rows(int8_format),
         "turbokv-type-enum.inc": type_enum(),

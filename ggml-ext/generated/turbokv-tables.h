@@ -24,7 +24,7 @@ static const float  turbokv_tbq3[8] = { -2.15195f, -1.34391f, -0.75601f, -0.2450
 static const double turbokv_tbq3_thresholds[7] = { -1.7479, -1.05, -0.5006, 0.0, 0.5006, 1.05, 1.7479 };
 static const int8_t turbokv_tbq3_int8[16] = { -88, -55, -31, -10, 10, 31, 55, 88, -88, -55, -31, -10, 10, 31, 55, 88 };
 
-// Of the rotation inside tbqN: value j is negated when bit j % 32 of word j / 32 is set
+// Of the rotation inside tbqN: what the values are multiplied with before the transform
 #define TURBOKV_SRHT_SIZE  128
 #define TURBOKV_SRHT_SCALE 0.088388346f // 1 / sqrt(128)
-static const uint32_t turbokv_srht_signs[4] = { 0xa3b1c6d9, 0x7e4f2a85, 0xd1936cf0, 0x5b8e47a2 };
+static const float turbokv_srht_signs[TURBOKV_SRHT_SIZE] = { -1, 1, 1, -1, -1, 1, -1, -1, 1, -1, -1, 1, 1, 1, -1, -1, -1, 1, 1, 1, -1, -1, 1, -1, -1, -1, 1, 1, 1, -1, 1, -1, -1, 1, -1, 1, 1, 1, 1, -1, 1, -1, 1, -1, 1, -1, 1, 1, -1, -1, -1, -1, 1, 1, -1, 1, 1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, -1, -1, 1, -1, -1, 1, -1, -1, 1, 1, -1, 1, 1, -1, -1, 1, 1, 1, -1, 1, -1, -1, 1, -1, 1, 1, 1, -1, 1, -1, -1, -1, -1, 1, 1, 1, -1, 1, 1, -1, -1, -1, 1, 1, 1, -1, -1, -1, 1, -1, -1, 1, -1, 1 };

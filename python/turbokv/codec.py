@@ -7,9 +7,9 @@ Encode, for a block x of n values:
 Decode: y = fp32(d) * c[i], one float32 product; tbqN: y = s * (H c[i]) * (fp32(d) / sqrt(n)), in float32.
 
 A block of zeros has d = 0. A block with a NaN or an infinity gets d = NaN and decodes to NaN: failures stay
-visible and inside their block. d is clamped to the largest finite fp16. Sums run in float64 from the first
-value to the last, and Hadamard butterflies from the nearest pairs to the farthest, so that every implementation
-can reproduce them to the bit.
+visible and inside their block. d is clamped to the largest finite fp16. The sums of squares under the norms run
+in float64 in the order that _norm and _level_norm write down, and Hadamard butterflies from the nearest pairs to
+the farthest, so that every implementation can reproduce them to the bit.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ U8 = NDArray[np.uint8]
 Real = TypeVar("Real", np.float32, np.float64)
 
 FP16_MAX = np.float32(65504.0)
+SUM_LANES = 16
 SRHT_SCALE = np.float32(1 / np.sqrt(np.float64(SRHT_SIZE)))  # makes the Hadamard matrix orthonormal
 _SIGN_BITS = np.array([SRHT_SIGNS[j // 32] >> (j % 32) & 1 for j in range(SRHT_SIZE)], bool)
 
@@ -49,8 +50,21 @@ def hadamard(x: NDArray[Real]) -> NDArray[Real]:
 
 
 def _norm(x: F64) -> F64:
-    """Euclidean norm over the last axis; cumsum, unlike sum, is guaranteed to add in order."""
-    return np.sqrt(np.cumsum(x * x, axis=-1)[..., -1])
+    """Euclidean norm of blocks [n, block]. Lane l sums the squares of values l, l + 16, .. in order (cumsum, unlike
+    sum, is guaranteed to do that); then the upper half of the lanes is added to the lower one until one is left."""
+    lanes = np.cumsum((x * x).reshape(len(x), -1, SUM_LANES), axis=1)[:, -1]
+    while (half := lanes.shape[-1] // 2) > 0:
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return np.sqrt(lanes[:, 0])
+
+
+def _level_norm(levels: F64, index: U8) -> F64:
+    """Euclidean norm of levels[index]: count times square, summed from the smallest magnitude to the greatest."""
+    magnitudes = np.abs(levels[index])
+    total = np.zeros(len(index))
+    for level in levels[len(levels) // 2 :]:
+        total += np.count_nonzero(magnitudes == level, axis=-1) * (level * level)
+    return np.sqrt(total)
 
 
 def _pack(kv_type: KVType, index: U8) -> U8:
@@ -104,7 +118,7 @@ def quantize(kv_type: KVType, x: F32) -> U8:
             unit, gain = hadamard(srht_signs(unit)), np.float64(1.0)
         unit = unit * (gain / np.where(usable, norm, 1.0))[:, None]
         index = np.searchsorted(thresholds, unit, side="left").astype(np.uint8)
-        scale = (norm / _norm(levels[index])).astype(np.float32)
+        scale = (norm / _level_norm(levels, index)).astype(np.float32)
         d = np.where(usable, np.minimum(scale, FP16_MAX), np.where(norm == 0, 0.0, np.nan)).astype(np.float16)
     index[~usable] = 0
 
