@@ -1,12 +1,15 @@
-// The codecs against tests/golden/<type>.bin (written by python/turbokv/golden.py), bit for bit, and the
-// properties that no list of vectors can show. Usage: test-turbokv-golden GOLDEN_FOLDER
+// The codecs against tests/golden/<type>.bin (written by python/turbokv/golden.py), bit for bit, the level
+// indices against their definition, and the properties that no list of vectors can show.
+// Usage: test-turbokv-golden GOLDEN_FOLDER
 //
 // Calls the codec functions by name, never through ggml's traits: so the sanitized build of this test runs the
 // sanitized codec that is linked into it. Buffers are malloc'd to the byte for AddressSanitizer's sake.
 
 #include "ggml.h"
+#include "turbokv-encode.h"
 #include "turbokv-quants.h"
 
+#include <float.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdarg.h>
@@ -23,7 +26,9 @@ struct codec {
     enum ggml_type type;
     int            block;
     size_t         size;
-    size_t         d_offset;      // of the fp16 scale in the block
+    size_t         d_offset;  // of the fp16 scale in the block
+    const double * thresholds;
+    int            n_levels;
     double         relative_mse;  // on N(0, 1), as in python/turbokv/spec.py
     void (*quantize)(const float * x, void * y, int64_t k);
     void (*dequantize)(const void * x, float * y, int64_t k);
@@ -38,9 +43,17 @@ struct codec {
         dequantize_row_##name(x, y, k);                                                                                \
     }
 
-#define CODEC(name, NAME, mse)                                                                                         \
-    { #name, GGML_TYPE_##NAME, QK_##NAME,        sizeof(block_##name), offsetof(block_##name, d),                      \
-      mse,   quantize_##name,  dequantize_##name }
+#define CODEC(name, NAME, table, mse)                                                                                  \
+    { #name,                                                                                                           \
+      GGML_TYPE_##NAME,                                                                                                \
+      QK_##NAME,                                                                                                       \
+      sizeof(block_##name),                                                                                            \
+      offsetof(block_##name, d),                                                                                       \
+      turbokv_##table##_thresholds,                                                                                    \
+      sizeof(turbokv_##table) / sizeof(turbokv_##table[0]),                                                            \
+      mse,                                                                                                             \
+      quantize_##name,                                                                                                 \
+      dequantize_##name }
 
 DEFINE_CALLS(turbo2)
 DEFINE_CALLS(turbo2_64)
@@ -53,9 +66,11 @@ DEFINE_CALLS(tbq3)
 DEFINE_CALLS(tbq4)
 
 static const struct codec codecs[] = {
-    CODEC(turbo2, TURBO2, 0.1190),       CODEC(turbo2_64, TURBO2_64, 0.1170), CODEC(turbo3, TURBO3, 0.0339),
-    CODEC(turbo3_64, TURBO3_64, 0.0328), CODEC(turbo4, TURBO4, 0.0092),       CODEC(turbo4_64, TURBO4_64, 0.0089),
-    CODEC(tbq2, TBQ2, 0.1190),           CODEC(tbq3, TBQ3, 0.0339),           CODEC(tbq4, TBQ4, 0.0092),
+    CODEC(turbo2, TURBO2, lm4, 0.1190),  CODEC(turbo2_64, TURBO2_64, lm4, 0.1170),
+    CODEC(turbo3, TURBO3, lm8, 0.0339),  CODEC(turbo3_64, TURBO3_64, lm8, 0.0328),
+    CODEC(turbo4, TURBO4, lm16, 0.0092), CODEC(turbo4_64, TURBO4_64, lm16, 0.0089),
+    CODEC(tbq2, TBQ2, lm4, 0.1190),      CODEC(tbq3, TBQ3, tbq3, 0.0339),
+    CODEC(tbq4, TBQ4, lm16, 0.0092),
 };
 
 // Every type there is: one without a row above must not go untested.
@@ -183,6 +198,75 @@ static void check_golden(const struct codec * c, const char * folder) {
     free(q);
     fclose(file);
 }
+
+// ---- level indices
+
+// The definition of an index.
+static int index_by_definition(const struct codec * c, double value, double gain) {
+    const double u = value * gain;
+    int          i = 0;
+    for (int t = 0; t < c->n_levels - 1; ++t) {
+        i += c->thresholds[t] < u;
+    }
+    return i;
+}
+
+// The comparison of keys against the definition: floats at and around every threshold of blocks of all norms, some of
+// them so that the product is the threshold itself, and the ends of the number range.
+static void check_indices_f32(const struct codec * c) {
+    int n_ties = 0;
+    for (int i = 0; i < 20000; ++i) {
+        const double root = sqrt((double) c->block);
+        const double t    = c->thresholds[random_u64() % (c->n_levels - 1)];
+        const float  at   = ldexpf(1.0f + (float) (random_u64() >> 41) * 0x1p-23f, (int) (random_u64() % 276) - 149);
+        const double norm = at * root / (t == 0.0 ? 1.0 : fabs(t));  // puts `at` on |t|, nearly or exactly
+        const double gain = root / norm;
+
+        float   x[MAX_BLOCK] = { 0.0f, -0.0f, FLT_TRUE_MIN, -FLT_TRUE_MIN, FLT_MIN, -FLT_MIN, FLT_MAX, -FLT_MAX };
+        uint8_t index[MAX_BLOCK];
+        int     n = 8;
+        for (int k = 0; k < c->n_levels - 1; ++k) {
+            const float near = (float) (c->thresholds[k] / gain);
+            x[n++]           = near;
+            x[n++]           = nextafterf(near, INFINITY);
+            x[n++]           = nextafterf(near, -INFINITY);
+        }
+        for (int j = 0; j < n; ++j) {
+            x[j] = isfinite(x[j]) ? x[j] : copysignf(FLT_MAX, x[j]);
+        }
+        find_indices_f32(x, n, gain, norm / root, c->thresholds, c->n_levels, index);
+        for (int j = 0; j < n; ++j) {
+            const int expected = index_by_definition(c, x[j], gain);
+            if (index[j] != expected) {
+                fail(c, "norm %a: %a has index %d, by definition %d", norm, x[j], index[j], expected);
+            }
+            n_ties += t != 0.0 && x[j] != 0.0f && fabs((double) x[j] * gain) == fabs(t);
+        }
+    }
+    if (n_ties < 1000) {
+        fail(c, "only %d values on a threshold", n_ties);
+    }
+}
+
+static void check_indices_f64(const struct codec * c) {
+    double  x[MAX_BLOCK] = { 0.0, -0.0, DBL_TRUE_MIN, -DBL_TRUE_MIN, 1e6, -1e6 };
+    uint8_t index[MAX_BLOCK];
+    int     n = 6;
+    for (int k = 0; k < c->n_levels - 1; ++k) {
+        x[n++] = c->thresholds[k];
+        x[n++] = nextafter(c->thresholds[k], INFINITY);
+        x[n++] = nextafter(c->thresholds[k], -INFINITY);
+    }
+    find_indices_f64(x, n, 1.0, c->thresholds, c->n_levels, index);
+    for (int j = 0; j < n; ++j) {
+        const int expected = index_by_definition(c, x[j], 1.0);
+        if (index[j] != expected) {
+            fail(c, "%a has index %d, by definition %d", x[j], index[j], expected);
+        }
+    }
+}
+
+// ---- properties
 
 // A row is its blocks: n at once equal n one by one, at any address that the types allow (2 for blocks, 4 for floats).
 static void check_rows(const struct codec * c, int n) {
@@ -406,6 +490,8 @@ int main(int argc, char ** argv) {
         n_failures   = 0;
         random_state = (uint64_t) c->type;
         check_golden(c, argv[1]);
+        check_indices_f32(c);
+        check_indices_f64(c);
         for (int n = 1; n <= 4096; n += n < 40 ? 1 : n / 3) {
             check_rows(c, n);
         }

@@ -2,11 +2,13 @@
 
 #include "ggml-cpu.h"
 #include "ggml.h"
+#include "turbokv-tables.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -105,14 +107,61 @@ static void check_ids() {
     }
 }
 
-static void check_from_float(const expected & e) {
-    const int64_t      n = 7 * e.block;
-    std::vector<float> x = gaussian(n, e.id);
-    std::fill(x.begin() + e.block, x.begin() + 2 * e.block, 0.0f);
-    x[2 * e.block + 5] = std::numeric_limits<float>::quiet_NaN();
-    x[3 * e.block + 6] = std::numeric_limits<float>::infinity();
-    x[4 * e.block + 7] = 1e30f;  // beyond what an fp16 scale holds
+// Puts the first values of a block onto the thresholds of all tables, to the nearest float or one beside it, as `turn`
+// says.
+static void set_on_thresholds(float * x, int64_t block, size_t turn) {
+    std::vector<double> thresholds;
+    thresholds.insert(thresholds.end(), std::begin(turbokv_lm4_thresholds), std::end(turbokv_lm4_thresholds));
+    thresholds.insert(thresholds.end(), std::begin(turbokv_lm8_thresholds), std::end(turbokv_lm8_thresholds));
+    thresholds.insert(thresholds.end(), std::begin(turbokv_lm16_thresholds), std::end(turbokv_lm16_thresholds));
+    thresholds.insert(thresholds.end(), std::begin(turbokv_tbq3_thresholds), std::end(turbokv_tbq3_thresholds));
 
+    double rest  = 0.0;
+    double share = block;  // of the rest in the sum of squares, in units of the block's mean square
+    for (size_t j = thresholds.size(); j < (size_t) block; ++j) {
+        rest += (double) x[j] * x[j];
+    }
+    for (const double t : thresholds) {
+        share -= t * t;
+    }
+    const double rms = std::sqrt(rest / share);
+    for (size_t t = 0; t < thresholds.size(); ++t) {
+        const float inf       = std::numeric_limits<float>::infinity();
+        const float at        = (float) (thresholds[t] * rms);
+        const float beside[3] = { at, std::nextafter(at, inf), std::nextafter(at, -inf) };
+        x[t]                  = beside[(t + turn) % 3];
+    }
+}
+
+// The CPU's from_float is another compilation of the reference: every byte is the same, whatever the input.
+static void check_from_float(const expected & e) {
+    using limits           = std::numeric_limits<float>;
+    const float inf        = limits::infinity();
+    const float scales[8]  = { 1e-44f, 1e-39f, 1e-12f, 0.01f, 1.0f, 300.0f, 65504.0f, 1e30f };
+    const float special[7] = { 0.0f, -0.0f, limits::denorm_min(), limits::max(), limits::quiet_NaN(), inf, -inf };
+
+    const int64_t      n_blocks = 4096;
+    std::vector<float> x        = gaussian(n_blocks * e.block, e.id);
+    for (int64_t i = 0; i < n_blocks; ++i) {
+        float *    block       = x.data() + i * e.block;
+        const bool heavy_tails = i / 8 % 2 == 1;
+        for (int64_t j = 0; j < e.block; ++j) {
+            block[j] *= scales[i % 8] * (heavy_tails ? std::fabs(block[j]) : 1.0f);
+        }
+        switch (i / 16 % 4) {
+            case 1:
+                set_on_thresholds(block, e.block, i);
+                break;
+            case 2:
+                block[i % e.block] = special[i % 7];
+                break;
+            case 3:
+                std::fill(block, block + e.block - i % 2, special[i % 4]);  // with or without one other value
+                break;
+        }
+    }
+
+    const int64_t        n = x.size();
     std::vector<uint8_t> q_ref(ggml_row_size(e.type, n), 0xa5);
     std::vector<uint8_t> q(q_ref.size(), 0x5a);
     ggml_get_type_traits(e.type)->from_float_ref(x.data(), q_ref.data(), n);
