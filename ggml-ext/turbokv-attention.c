@@ -79,12 +79,12 @@ static bool set_up(struct attention * a, const struct ggml_tensor * dst) {
     const struct ggml_tensor * k = dst->src[1];
     const struct ggml_tensor * v = dst->src[2];
 
-#if !defined(TURBOKV_ATTENTION_FOR_ALL_TYPES)
-    if (k->type < GGML_TYPE_TURBOKV_FIRST && v->type < GGML_TYPE_TURBOKV_FIRST) {
-        return false;
-    }
+    bool ours = k->type >= GGML_TYPE_TURBOKV_FIRST || v->type >= GGML_TYPE_TURBOKV_FIRST;
+#if defined(TURBOKV_ATTENTION_UPSTREAM_TYPES)
+    // Not f16 and its like: upstream's kernels for them are faster than our float tiles.
+    ours |= turbokv_int8_format(k->type) && turbokv_int8_format(v->type);
 #endif
-    if (q->type != GGML_TYPE_F32 || k->ne[0] % 32 != 0 || v->ne[0] % 32 != 0 || k->ne[2] != v->ne[2] ||
+    if (!ours || q->type != GGML_TYPE_F32 || k->ne[0] % 32 != 0 || v->ne[0] % 32 != 0 || k->ne[2] != v->ne[2] ||
         k->ne[3] != v->ne[3]) {
         return false;
     }
@@ -95,8 +95,10 @@ static bool set_up(struct attention * a, const struct ggml_tensor * dst) {
         .mask      = dst->src[3],
         .sinks     = dst->src[4] ? dst->src[4]->data : NULL,
         .dst       = dst,
+#if !defined(TURBOKV_ATTENTION_FLOAT)
         .kf        = turbokv_int8_format(k->type),
         .vf        = turbokv_int8_format(v->type),
+#endif
         .dk        = (int) k->ne[0],
         .dv        = (int) v->ne[0],
         .n_q       = (int) q->ne[1],

@@ -37,12 +37,17 @@
 #    define TURBOKV_K_OFFSET 0
 #endif
 
+// Specialized by constant arguments, hence always inline.
+#if defined(_MSC_VER)
+#    define TURBOKV_INLINE static __forceinline
+#else
+#    define TURBOKV_INLINE static inline __attribute__((always_inline))
+#endif
+
 // Accumulators stay in registers only when the loops over them are unrolled.
 #if defined(__GNUC__)
-#    define TURBOKV_INLINE static inline __attribute__((always_inline))
 #    define TURBOKV_UNROLL _Pragma("GCC unroll 8")
 #else
-#    define TURBOKV_INLINE static inline
 #    define TURBOKV_UNROLL
 #endif
 

@@ -149,6 +149,13 @@ list(TRANSFORM cpu_sources PREPEND ${PROJECT_SOURCE_DIR}/ggml-ext/)
 foreach (target ${TURBOKV_CPU_LIBRARIES})
     target_sources(${target} PRIVATE ${cpu_sources})
 endforeach()
+foreach (option TURBOKV_ATTENTION_UPSTREAM_TYPES TURBOKV_ATTENTION_FLOAT)
+    if (${option})
+        message(STATUS "turbokv: ${option} is on: not the build that users get")
+        set_property(SOURCE ${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-attention.c
+            TARGET_DIRECTORY ${TURBOKV_CPU_LIBRARIES} APPEND PROPERTY COMPILE_DEFINITIONS ${option})
+    endif()
+endforeach()
 if (NOT MSVC)   # the same bits on every instruction set: no multiply-add where the source has none
     set_source_files_properties(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-quants.c ${cpu_sources}
         TARGET_DIRECTORY ggml-base ${TURBOKV_CPU_LIBRARIES} PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
