@@ -112,12 +112,13 @@ def int8_format(t: KVType) -> str:
     stream = t.packing == "stream"
     packing = "STREAM3" if stream and t.index_bits == 3 else "PLANE" + "".join(str(p.bits) for p in t.planes)
     plane = t.block // 8 if packing == "STREAM3" else t.block * t.planes[0].bits // 8
-    flags = f"{str(stream).lower()}, {str(t.rotation == 'codec').lower()}"
+    bytes_ = f"{t.block}, {t.block_bytes}, 0, {t.index_bytes}, {t.index_bytes}, {plane}"
+    rotates = str(t.rotation == "codec").lower()
     return (
         f"case {enum_name(t)}: {{\n"
         f"    static const struct int8_format format = {{\n"
-        f"        PACKING_{packing}, {t.block}, {t.block_bytes}, 0, {t.index_bytes}, {t.index_bytes}, {plane}, {flags},\n"
-        f"        false, {np.float32(t.table.int8_step)!s}f, turbokv_{t.table.name}_int8,\n"
+        f"        PACKING_{packing}, {bytes_}, {str(stream).lower()}, {rotates}, false,\n"
+        f"        {np.float32(t.table.int8_step)!s}f, turbokv_{t.table.name}_int8,\n"
         f"    }};\n"
         f"    return &format;\n}}\n"
     )

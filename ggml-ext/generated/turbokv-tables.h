@@ -7,7 +7,7 @@
 // Levels for N(0, 1) and the thresholds between them
 static const float  turbokv_lm4[4] = { -1.5104176f, -0.45278004f, 0.45278004f, 1.5104176f };
 static const double turbokv_lm4_thresholds[3] = { -0.98159882, 0.0, 0.98159882 };
-static const int8_t turbokv_lm4_int8[16] = { -40, -12, 12, 40, -40, -12, 12, 40, -40, -12, 12, 40, -40, -12, 12, 40 };
+static const int8_t turbokv_lm4_int8[16] = { -30, -9, 9, 30, -30, -9, 9, 30, -30, -9, 9, 30, -30, -9, 9, 30 };
 
 // Levels for N(0, 1) and the thresholds between them
 static const float  turbokv_lm8[8] = { -2.1519456f, -1.3439093f, -0.7560053f, -0.24509418f, 0.24509418f, 0.7560053f, 1.3439093f, 2.1519456f };

@@ -6,6 +6,7 @@ Source: S. Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 2
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 
@@ -36,3 +37,25 @@ def lloyd_max_normal(levels: int, tolerance: float = 1e-13) -> list[float]:
         centroids = moved
         if shift < tolerance:
             return centroids
+
+
+def int8_codebook(levels: Sequence[float], thresholds: Sequence[float]) -> tuple[list[int], float]:
+    """The int8 levels and the step that fit `levels` best: level ~ step * int8_level, |int8_level| <= 127.
+
+    Least squares, each level weighted with its probability under N(0, 1): between the `thresholds` around it. The
+    range of the levels is left free, since some ranges fit far better than the full one.
+    """
+    edges = [-math.inf, *thresholds, math.inf]
+    probability = [_tail(low) - _tail(high) for low, high in pairwise(edges)]
+
+    def fit(levels_per_unit: float) -> tuple[float, list[int], float]:
+        rounded = [round(levels_per_unit * level) for level in levels]
+        weighted = list(zip(probability, levels, rounded, strict=True))
+        step = sum(p * level * r for p, level, r in weighted) / sum(p * r * r for p, _, r in weighted)
+        error = sum(p * (level - step * r) ** 2 for p, level, r in weighted)
+        return round(error, 15), rounded, step  # rounded: multiples of one fit are equal, and the smallest is taken
+
+    finest = 127.49 / max(levels)
+    fits = (fit(20 + (finest - 20) * i / 20_000) for i in range(20_001))
+    _, int8_levels, step = min(fits, key=lambda found: found[0])
+    return int8_levels, step

@@ -61,7 +61,7 @@ class Codebook:
 
 
 # Lloyd-Max quantizers of N(0, 1).
-LM4 = Codebook("lm4", (0.45278004, 1.5104176), half_int8_levels=(12, 40), int8_step=0.0377559317)
+LM4 = Codebook("lm4", (0.45278004, 1.5104176), half_int8_levels=(9, 30), int8_step=0.0503412422)
 LM8 = Codebook(
     "lm8",
     (0.24509418, 0.7560053, 1.3439093, 2.1519456),

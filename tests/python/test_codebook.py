@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from turbokv.codebook import lloyd_max_normal
+from turbokv.codebook import int8_codebook, lloyd_max_normal
 from turbokv.spec import LM8, KVType
 
 # MSE of the optimal quantizers of N(0, 1) as J. Max printed it in "Quantizing for minimum distortion" (1960); the exact
@@ -28,6 +28,18 @@ def test_table_has_the_known_distortion(kv_type: KVType) -> None:
     nearest = np.array(kv_type.codebook)[np.searchsorted(kv_type.thresholds, x)]
     mse = np.trapezoid(density * (x - nearest) ** 2, x)
     assert mse == pytest.approx(KNOWN_MSE[len(kv_type.codebook)], rel=5e-4)
+
+
+def test_int8_codebook_is_the_best_and_good_enough(kv_type: KVType) -> None:
+    levels, step = int8_codebook(kv_type.codebook, kv_type.thresholds)
+    assert kv_type.table.int8_levels == tuple(levels)
+    assert kv_type.table.int8_step == pytest.approx(step, rel=1e-8)
+
+    x = np.linspace(-12, 12, 1_000_001)
+    density = np.exp(-x * x / 2) / np.sqrt(2 * np.pi)
+    index = np.searchsorted(kv_type.thresholds, x)
+    added = (np.array(kv_type.codebook) - step * np.array(levels)) ** 2
+    assert np.trapezoid(density * added[index], x) < 0.0011 * KNOWN_MSE[len(levels)]
 
 
 def test_codebook_is_symmetric(kv_type: KVType) -> None:
