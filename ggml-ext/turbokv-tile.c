@@ -197,17 +197,18 @@ static vt level_table(const struct int8_format * f, int offset, int8_t * buffer)
 }
 
 // The plane of 1-bit fields has half as many bytes as that of 2-bit fields: its second half continues in the odd bits.
+// Of a short plane the last vector reaches behind its end, where nothing stands yet.
 static void extend_high_plane(uint32_t * high, int n_words) {
-    for (int i = 0; i < n_words; ++i) {
-        high[n_words + i] = high[i] >> 1;
+    for (int i = 0; i < n_words; i += VEC_LANES) {
+        vi_store(high + n_words + i, vi_shr(vi_load(high + i), 1));
     }
 }
 
 void turbokv_k_tile_int8(const struct tile_source * src, uint32_t * tile, float * scales) {
     const struct int8_format * f = src->format;
     const uint8_t *            row[TILE];
-    uint8_t                    copies[TILE * MAX_INDEX_BYTES];
-    uint32_t                   packed[MAX_INDEX_BYTES / 4 * TILE];
+    _Alignas(64) uint8_t       copies[TILE * MAX_INDEX_BYTES];
+    _Alignas(64) uint32_t      packed[MAX_INDEX_BYTES / 4 * TILE];
     int8_t                     levels[16];
     const vt                   table = level_table(f, TURBOKV_K_OFFSET, levels);
 
@@ -245,8 +246,8 @@ void turbokv_k_tile_int8(const struct tile_source * src, uint32_t * tile, float 
 void turbokv_v_tile_int8(const struct tile_source * src, uint32_t * tile, float * scales, uint64_t * bad) {
     const struct int8_format * f = src->format;
     const uint8_t *            row[TILE];
-    uint8_t                    copies[TILE * MAX_INDEX_BYTES];
-    uint32_t                   packed[TILE / 4 * MAX_INDEX_BYTES];
+    _Alignas(64) uint8_t       copies[TILE * MAX_INDEX_BYTES];
+    _Alignas(64) uint32_t      packed[TILE / 4 * MAX_INDEX_BYTES];
     int8_t                     levels[16];
     const vt                   table = level_table(f, 0, levels);
 
@@ -266,9 +267,10 @@ void turbokv_v_tile_int8(const struct tile_source * src, uint32_t * tile, float 
                 };
                 interleave_bytes(at, words + column);
             }
-            if (f->packing == PACKING_PLANE21) {
-                extend_high_plane(words + f->plane, f->plane / 2);
-            }
+        }
+        // In a second pass: a wide load right behind the narrow stores would wait for them.
+        for (int quad = 0; f->packing == PACKING_PLANE21 && quad < TILE / 4; ++quad) {
+            extend_high_plane(packed + quad * MAX_INDEX_BYTES + f->plane, f->plane / 2);
         }
         const struct unpacking u = {
             .in               = packed,
