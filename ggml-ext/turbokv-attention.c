@@ -23,25 +23,25 @@
 #include "turbokv-tile.h"
 
 enum {
-    ROWS        = 64,        // query rows that share a decoded tile
-    CHUNK       = 8 * TILE,  // keys
-    ROW_GROUP   = 4,         // query rows that are multiplied with K at a time
-    PROB_BITS   = 14,        // of a probability, in two factors of 7
-    MAX_BLOCK   = 128,       // values of an int8 format
-    HEADER      = 16,        // floats before the accumulator of a partial result: maximum, sum, padding to a cache line
-    MAX_THREADS_SHARE = 4,   // blocks of rows per thread from which on chunks are not shared out
+    ROWS      = 64,        // query rows that share a decoded tile
+    CHUNK     = 8 * TILE,  // keys
+    ROW_GROUP = 4,         // query rows that are multiplied with K at a time
+    PROB_BITS = 14,        // of a probability, in two factors of 7
+    MAX_BLOCK = 128,       // values of an int8 format
+    HEADER    = 16,        // floats before the accumulator of a partial result: maximum, sum, padding to a cache line
+    UNITS     = 4,         // per thread: with fewer blocks of rows than that, chunks are shared out, too
 };
 
 // Scores, masks and maxima are in units of log2, because 2^x is cheaper than exp(x).
 static const float LOG2E = 1.44269504f;
 
 struct attention {
-    const struct ggml_tensor * q;     // [dk, n_q, n_head, n_seq] f32
-    const struct ggml_tensor * k;     // [dk, n_kv, n_head_kv, n_seq_kv]
-    const struct ggml_tensor * v;     // [dv, n_kv, n_head_kv, n_seq_kv]
-    const struct ggml_tensor * mask;  // [n_kv, n_q, 1 or n_head, 1 or n_seq] f16, or NULL
-    const float *              sinks; // [n_head], or NULL
-    const struct ggml_tensor * dst;   // [dv, n_head, n_q, n_seq] f32
+    const struct ggml_tensor * q;      // [dk, n_q, n_head, n_seq] f32
+    const struct ggml_tensor * k;      // [dk, n_kv, n_head_kv, n_seq_kv]
+    const struct ggml_tensor * v;      // [dv, n_kv, n_head_kv, n_seq_kv]
+    const struct ggml_tensor * mask;   // [n_kv, n_q, 1 or n_head, 1 or n_seq] f16, or NULL
+    const float *              sinks;  // [n_head], or NULL
+    const struct ggml_tensor * dst;    // [dv, n_head, n_q, n_seq] f32
 
     const struct int8_format * kf;  // NULL: float tiles
     const struct int8_format * vf;
@@ -56,14 +56,18 @@ struct attention {
     float max_bias;
 };
 
+// Query rows, ready to be multiplied; all of the op's, or from the first of a block on.
+struct queries {
+    uint32_t * q_int8;    // [rows][dk / 4], in tile order: int8 K tiles
+    int32_t *  q_offset;  // [rows][k_blocks]: takes TURBOKV_K_OFFSET out of the dot products
+    float *    q_scale;   // [rows][k_blocks]
+    float *    q_float;   // [rows][dk]: float K tiles
+    float *    slope;     // [rows]: of ALiBi
+};
+
 // What a thread needs for one block of rows.
 struct scratch {
-    uint32_t * q_int8;    // [ROWS][dk / 4], in tile order
-    int32_t *  q_offset;  // [ROWS][k_blocks]: takes TURBOKV_K_OFFSET out of the dot products
-    float *    q_scale;   // [ROWS][k_blocks]
-    float *    q_float;   // [ROWS][dk]: float K tiles
-    float *    slope;     // [ROWS]: of ALiBi
-    float *    mask;      // [ROWS][TILE], one row per slot: see read_mask
+    float *    mask;  // [ROWS][TILE], one row per slot: see read_mask
     void *     k_tile;
     float *    k_scale;
     void *     v_tile;
@@ -89,15 +93,15 @@ static bool set_up(struct attention * a, const struct ggml_tensor * dst) {
         return false;
     }
     *a = (struct attention) {
-        .q         = q,
-        .k         = k,
-        .v         = v,
-        .mask      = dst->src[3],
-        .sinks     = dst->src[4] ? dst->src[4]->data : NULL,
-        .dst       = dst,
+        .q     = q,
+        .k     = k,
+        .v     = v,
+        .mask  = dst->src[3],
+        .sinks = dst->src[4] ? dst->src[4]->data : NULL,
+        .dst   = dst,
 #if !defined(TURBOKV_ATTENTION_FLOAT)
-        .kf        = turbokv_int8_format(k->type),
-        .vf        = turbokv_int8_format(v->type),
+        .kf = turbokv_int8_format(k->type),
+        .vf = turbokv_int8_format(v->type),
 #endif
         .dk        = (int) k->ne[0],
         .dv        = (int) v->ne[0],
@@ -132,41 +136,61 @@ static void * take(char ** at, size_t bytes) {
     return taken;
 }
 
-// Lays out a thread's scratch from `base` on, which may be NULL, and returns its size.
-static size_t lay_out(const struct attention * a, char * base, struct scratch * s) {
-    char * at   = base;
-    s->q_int8   = take(&at, a->kf ? (size_t) ROWS * a->dk : 0);
-    s->q_offset = take(&at, sizeof(int32_t) * ROWS * a->k_blocks);
-    s->q_scale  = take(&at, sizeof(float) * ROWS * a->k_blocks);
-    s->q_float  = take(&at, a->kf ? 0 : sizeof(float) * ROWS * a->dk);
-    s->slope    = take(&at, sizeof(float) * ROWS);
-    s->mask     = take(&at, sizeof(float) * ROWS * TILE);
-    s->k_tile   = take(&at, (a->kf ? 1 : sizeof(float)) * TILE * a->dk);
-    s->k_scale  = take(&at, sizeof(float) * TILE * a->k_blocks);
-    s->v_tile   = take(&at, (a->vf ? 1 : sizeof(float)) * TILE * a->dv);
-    s->v_scale  = take(&at, sizeof(float) * TILE * a->v_blocks);
-    s->v_bad    = take(&at, sizeof(uint64_t) * a->v_blocks);
-    s->row      = take(&at, sizeof(float) * (a->dk > a->dv ? a->dk : a->dv));
-    s->chunk    = take(&at, sizeof(float) * ROWS * (HEADER + a->dv));
-    s->total    = take(&at, sizeof(float) * ROWS * (HEADER + a->dv));
+static int64_t total_rows(const struct attention * a) {
+    return (int64_t) a->n_seq * a->n_head_kv * a->n_rows;
+}
+
+// Row of a KV head and sequence among all.
+static size_t row_index(const struct attention * a, int seq, int head_kv, int row) {
+    return ((size_t) seq * a->n_head_kv + head_kv) * a->n_rows + row;
+}
+
+// Lays out the queries from `base` on, which may be NULL, and returns their size.
+static size_t lay_out_queries(const struct attention * a, char * base, struct queries * q) {
+    const size_t rows = (size_t) total_rows(a);
+    char *       at   = base;
+    q->q_int8         = take(&at, a->kf ? rows * a->dk : 0);
+    q->q_offset       = take(&at, a->kf ? sizeof(int32_t) * rows * a->k_blocks : 0);
+    q->q_scale        = take(&at, a->kf ? sizeof(float) * rows * a->k_blocks : 0);
+    q->q_float        = take(&at, a->kf ? 0 : sizeof(float) * rows * a->dk);
+    q->slope          = take(&at, sizeof(float) * rows);
+    return (size_t) (at - base);
+}
+
+static struct queries queries_from(const struct attention * a, const struct queries * all, size_t row) {
+    return (struct queries) {
+        .q_int8   = all->q_int8 + row * (a->dk / 4),
+        .q_offset = all->q_offset + row * a->k_blocks,
+        .q_scale  = all->q_scale + row * a->k_blocks,
+        .q_float  = all->q_float + row * a->dk,
+        .slope    = all->slope + row,
+    };
+}
+
+// The same for a thread's scratch.
+static size_t lay_out_scratch(const struct attention * a, char * base, struct scratch * s) {
+    char * at  = base;
+    s->mask    = take(&at, sizeof(float) * ROWS * TILE);
+    s->k_tile  = take(&at, (a->kf ? 1 : sizeof(float)) * TILE * a->dk);
+    s->k_scale = take(&at, sizeof(float) * TILE * a->k_blocks);
+    s->v_tile  = take(&at, (a->vf ? 1 : sizeof(float)) * TILE * a->dv);
+    s->v_scale = take(&at, sizeof(float) * TILE * a->v_blocks);
+    s->v_bad   = take(&at, sizeof(uint64_t) * a->v_blocks);
+    s->row     = take(&at, sizeof(float) * (a->dk > a->dv ? a->dk : a->dv));
+    s->chunk   = take(&at, sizeof(float) * ROWS * (HEADER + a->dv));
+    s->total   = take(&at, sizeof(float) * ROWS * (HEADER + a->dv));
     return (size_t) (at - base);
 }
 
 // Few rows: threads share out the chunks, too, and their results meet in memory.
 static bool chunks_are_shared(const struct attention * a, int n_threads) {
     const int64_t blocks = (int64_t) a->n_seq * a->n_head_kv * a->row_blocks;
-    return n_threads > 1 && a->chunks > 1 && blocks < MAX_THREADS_SHARE * n_threads;
+    return n_threads > 1 && a->chunks > 1 && blocks < UNITS * n_threads;
 }
 
 static size_t partial_bytes(const struct attention * a, int n_threads) {
-    const size_t rows = (size_t) a->n_seq * a->n_head_kv * a->n_rows;
-    return chunks_are_shared(a, n_threads) ? rows * a->chunks * (HEADER + a->dv) * sizeof(float) : 0;
-}
-
-// Place of the result of (sequence, KV head, row, chunk) in the memory where they meet.
-static float * partial_at(const struct attention * a, float * partials, int seq, int head_kv, int row, int chunk) {
-    const size_t index = (((size_t) seq * a->n_head_kv + head_kv) * a->n_rows + row) * a->chunks + chunk;
-    return partials + index * (HEADER + a->dv);
+    const size_t bytes = (size_t) total_rows(a) * a->chunks * (HEADER + a->dv) * sizeof(float);
+    return chunks_are_shared(a, n_threads) ? bytes : 0;
 }
 
 // ---- float functions
@@ -194,8 +218,8 @@ static inline float exp2_one(float x) {
 
 // 1 - 2 / (exp(2x) + 1); absolute error 2e-7. tanh(10) is 1 in float.
 static inline vf vf_tanh(vf x) {
-    x = vf_select_lt(x, vf_set1(-10.0f), vf_set1(-10.0f), x);
-    x = vf_select_lt(vf_set1(10.0f), x, vf_set1(10.0f), x);
+    x          = vf_select_lt(x, vf_set1(-10.0f), vf_set1(-10.0f), x);
+    x          = vf_select_lt(vf_set1(10.0f), x, vf_set1(10.0f), x);
     const vf e = vf_exp2(vf_mul(x, vf_set1(2.0f * LOG2E)));
     return vf_sub(vf_set1(1.0f), vf_div(vf_set1(2.0f), vf_add(e, vf_set1(1.0f))));
 }
@@ -262,27 +286,27 @@ static void quantize_query(const struct attention * a, float * x, int8_t * q, fl
     *offset = -TURBOKV_K_OFFSET * sum;
 }
 
-static void load_query(const struct attention * a, struct scratch * s, int seq, int head_kv, int row0, int n) {
-    for (int i = 0; i < n; ++i) {
-        const int    position = (row0 + i) / a->group;
-        const int    head     = head_kv * a->group + (row0 + i) % a->group;
-        s->slope[i] = slope_of(a, head) * LOG2E;
+// Row `index` of all.
+static void load_query(const struct attention * a, const struct queries * all, float * scratch_row, int64_t index) {
+    const struct queries q        = queries_from(a, all, (size_t) index);
+    const int            row      = (int) (index % a->n_rows);
+    const int            head_kv  = (int) (index / a->n_rows % a->n_head_kv);
+    const int            seq      = (int) (index / a->n_rows / a->n_head_kv);
+    const int            position = row / a->group;
+    const int            head     = head_kv * a->group + row % a->group;
+    const char * data = (const char *) a->q->data + position * a->q->nb[1] + head * a->q->nb[2] + seq * a->q->nb[3];
 
-        const char * data =
-            (const char *) a->q->data + position * a->q->nb[1] + head * a->q->nb[2] + seq * a->q->nb[3];
-        if (!a->kf) {
-            float * q = s->q_float + i * a->dk;
-            memcpy(q, data, a->dk * sizeof(float));
-            for (int d = 0; d < a->dk; ++d) {
-                q[d] *= a->scale;
-            }
-            continue;
+    *q.slope = slope_of(a, head) * LOG2E;
+    if (!a->kf) {
+        for (int d = 0; d < a->dk; ++d) {
+            q.q_float[d] = ((const float *) data)[d] * a->scale;
         }
-        memcpy(s->row, data, a->dk * sizeof(float));
-        for (int b = 0; b < a->k_blocks; ++b) {
-            quantize_query(a, s->row + b * a->kf->block, (int8_t *) s->q_int8 + i * a->dk + b * a->kf->block,
-                           &s->q_scale[i * a->k_blocks + b], &s->q_offset[i * a->k_blocks + b]);
-        }
+        return;
+    }
+    memcpy(scratch_row, data, a->dk * sizeof(float));
+    for (int b = 0; b < a->k_blocks; ++b) {
+        const int first = b * a->kf->block;
+        quantize_query(a, scratch_row + first, (int8_t *) q.q_int8 + first, &q.q_scale[b], &q.q_offset[b]);
     }
 }
 
@@ -322,22 +346,22 @@ static enum visibility read_mask(const ggml_fp16_t * in, int n_keys, float * out
 // ---- scores
 
 // Scores of `n` query rows (their indices in `rows`) with a tile of int8 K.
-TURBOKV_INLINE void scores_int8_rows(const struct attention * a, const struct scratch * s, const int n,
-                                     const int * rows, float (*score)[TILE]) {
+TURBOKV_INLINE void scores_int8_rows(const struct attention * a, const struct queries * q, const struct scratch * s,
+                                     const int n, const int * rows, float (*score)[TILE]) {
     enum { VECTORS = VEC_LANES == 8 ? 2 : 4, KEYS = VECTORS * VEC_LANES };  // as many as registers allow
 
     const int        words = a->kf->block / 4;
     const uint32_t * tile  = s->k_tile;
     for (int key = 0; key < TILE; key += KEYS) {
         for (int b = 0; b < a->k_blocks; ++b) {
-            const uint32_t * q[ROW_GROUP];
+            const uint32_t * x[ROW_GROUP];
             vi               sum[ROW_GROUP][VECTORS];
             TURBOKV_UNROLL
             for (int r = 0; r < n; ++r) {
-                q[r] = s->q_int8 + rows[r] * (a->dk / 4) + b * words;
+                x[r] = q->q_int8 + rows[r] * (a->dk / 4) + b * words;
                 TURBOKV_UNROLL
                 for (int j = 0; j < VECTORS; ++j) {
-                    sum[r][j] = vi_set1((uint32_t) s->q_offset[rows[r] * a->k_blocks + b]);
+                    sum[r][j] = vi_set1((uint32_t) q->q_offset[rows[r] * a->k_blocks + b]);
                 }
             }
             for (int c = 0; c < words; ++c) {
@@ -347,19 +371,19 @@ TURBOKV_INLINE void scores_int8_rows(const struct attention * a, const struct sc
                     const vi kj = vi_load(k + j * VEC_LANES);
                     TURBOKV_UNROLL
                     for (int r = 0; r < n; ++r) {
-                        sum[r][j] = vi_dot_k(sum[r][j], kj, vi_set1(q[r][c]));
+                        sum[r][j] = vi_dot_k(sum[r][j], kj, vi_set1(x[r][c]));
                     }
                 }
             }
             TURBOKV_UNROLL
             for (int r = 0; r < n; ++r) {
-                const vf scale = vf_set1(s->q_scale[rows[r] * a->k_blocks + b]);
+                const vf scale = vf_set1(q->q_scale[rows[r] * a->k_blocks + b]);
                 TURBOKV_UNROLL
                 for (int j = 0; j < VECTORS; ++j) {
                     float *  out = score[r] + key + j * VEC_LANES;
                     const vf d   = vf_load(s->k_scale + b * TILE + key + j * VEC_LANES);
-                    const vf x   = vf_mul(vf_mul(vf_from_int(sum[r][j]), scale), d);
-                    vf_store(out, b == 0 ? x : vf_add(vf_load(out), x));
+                    const vf y   = vf_mul(vf_mul(vf_from_int(sum[r][j]), scale), d);
+                    vf_store(out, b == 0 ? y : vf_add(vf_load(out), y));
                 }
             }
         }
@@ -367,16 +391,16 @@ TURBOKV_INLINE void scores_int8_rows(const struct attention * a, const struct sc
 }
 
 // The same with a tile of float K.
-TURBOKV_INLINE void scores_float_rows(const struct attention * a, const struct scratch * s, const int n,
-                                      const int * rows, float (*score)[TILE]) {
+TURBOKV_INLINE void scores_float_rows(const struct attention * a, const struct queries * q, const struct scratch * s,
+                                      const int n, const int * rows, float (*score)[TILE]) {
     enum { VECTORS = VEC_LANES == 8 ? 2 : 4, KEYS = VECTORS * VEC_LANES };
 
     for (int key = 0; key < TILE; key += KEYS) {
-        const float * q[ROW_GROUP];
+        const float * x[ROW_GROUP];
         vf            sum[ROW_GROUP][VECTORS];
         TURBOKV_UNROLL
         for (int r = 0; r < n; ++r) {
-            q[r] = s->q_float + rows[r] * a->dk;
+            x[r] = q->q_float + rows[r] * a->dk;
             TURBOKV_UNROLL
             for (int j = 0; j < VECTORS; ++j) {
                 sum[r][j] = vf_set1(0.0f);
@@ -389,7 +413,7 @@ TURBOKV_INLINE void scores_float_rows(const struct attention * a, const struct s
                 const vf kj = vf_load(k + j * VEC_LANES);
                 TURBOKV_UNROLL
                 for (int r = 0; r < n; ++r) {
-                    sum[r][j] = vf_fma(vf_set1(q[r][d]), kj, sum[r][j]);
+                    sum[r][j] = vf_fma(vf_set1(x[r][d]), kj, sum[r][j]);
                 }
             }
         }
@@ -404,21 +428,21 @@ TURBOKV_INLINE void scores_float_rows(const struct attention * a, const struct s
 }
 
 // A row's result does not depend on the rows beside it: only speed does.
-static void scores(const struct attention * a, const struct scratch * s, int n, const int * rows,
-                   float (*score)[TILE]) {
+static void scores(const struct attention * a, const struct queries * q, const struct scratch * s, int n,
+                   const int * rows, float (*score)[TILE]) {
     if (n == ROW_GROUP) {
         if (a->kf) {
-            scores_int8_rows(a, s, ROW_GROUP, rows, score);
+            scores_int8_rows(a, q, s, ROW_GROUP, rows, score);
         } else {
-            scores_float_rows(a, s, ROW_GROUP, rows, score);
+            scores_float_rows(a, q, s, ROW_GROUP, rows, score);
         }
         return;
     }
     for (int r = 0; r < n; ++r) {
         if (a->kf) {
-            scores_int8_rows(a, s, 1, rows + r, score + r);
+            scores_int8_rows(a, q, s, 1, rows + r, score + r);
         } else {
-            scores_float_rows(a, s, 1, rows + r, score + r);
+            scores_float_rows(a, q, s, 1, rows + r, score + r);
         }
     }
 }
@@ -533,19 +557,19 @@ static float quantize_probabilities(const float * prob, const float * scale, uin
 }
 
 // Calls places() for blocks of `n` places in the largest groups of vectors that registers allow.
-#define TURBOKV_FOR_PLACES(n, places)                              \
-    do {                                                           \
-        const int vectors = (n) / VEC_LANES;                       \
-        int       j       = 0;                                     \
-        for (; VEC_LANES != 8 && j + 8 <= vectors; j += 8) {       \
-            places(8);                                             \
-        }                                                          \
-        for (; j + 4 <= vectors; j += 4) {                         \
-            places(4);                                             \
-        }                                                          \
-        for (; j + 2 <= vectors; j += 2) {                         \
-            places(2);                                             \
-        }                                                          \
+#define TURBOKV_FOR_PLACES(n, places)                                                                                  \
+    do {                                                                                                               \
+        const int vectors = (n) / VEC_LANES;                                                                           \
+        int       j       = 0;                                                                                         \
+        for (; VEC_LANES != 8 && j + 8 <= vectors; j += 8) {                                                           \
+            places(8);                                                                                                 \
+        }                                                                                                              \
+        for (; j + 4 <= vectors; j += 4) {                                                                             \
+            places(4);                                                                                                 \
+        }                                                                                                              \
+        for (; j + 2 <= vectors; j += 2) {                                                                             \
+            places(2);                                                                                                 \
+        }                                                                                                              \
     } while (0)
 
 static void values(const struct attention * a, const struct scratch * s, const float * prob, float rescale,
@@ -558,14 +582,13 @@ static void values(const struct attention * a, const struct scratch * s, const f
         return;
     }
     for (int b = 0; b < a->v_blocks; ++b) {
-        uint32_t         high[TILE / 4];
-        uint32_t         low[TILE / 4];
-        const float      step = quantize_probabilities(prob, s->v_scale + b * TILE, s->v_bad[b], (uint8_t *) high,
-                                                       (uint8_t *) low);
+        uint32_t    high[TILE / 4];
+        uint32_t    low[TILE / 4];
+        const float step =
+            quantize_probabilities(prob, s->v_scale + b * TILE, s->v_bad[b], (uint8_t *) high, (uint8_t *) low);
         const uint32_t * tile = (const uint32_t *) s->v_tile + b * a->vf->block;
         float *          out  = sum + b * a->vf->block;
-#define PLACES(n) \
-    values_int8_places(n, high, low, tile + j * VEC_LANES, a->dv, step, rescale, out + j * VEC_LANES)
+#define PLACES(n) values_int8_places(n, high, low, tile + j * VEC_LANES, a->dv, step, rescale, out + j * VEC_LANES)
         TURBOKV_FOR_PLACES(a->vf->block, PLACES);
 #undef PLACES
     }
@@ -610,8 +633,9 @@ static void reset(const struct attention * a, float * states, int n) {
     }
 }
 
-// Attention of the loaded query rows over one chunk, into s->chunk.
-static void attend(const struct attention * a, struct scratch * s, int seq, int head_kv, int row0, int n, int chunk) {
+// Attention of n query rows, the first of which is row0 of its KV head, over one chunk, into s->chunk.
+static void attend(const struct attention * a, const struct queries * q, struct scratch * s, int seq, int head_kv,
+                   int row0, int n, int chunk) {
     const int seq_kv = (int) (seq / (a->n_seq / a->k->ne[3]));
     const int last   = (chunk + 1) * CHUNK < a->n_kv ? (chunk + 1) * CHUNK : a->n_kv;
     reset(a, s->chunk, n);
@@ -660,13 +684,13 @@ static void attend(const struct attention * a, struct scratch * s, int seq, int 
         for (int first = 0; first < n_seen; first += ROW_GROUP) {
             const int n_group = n_seen - first < ROW_GROUP ? n_seen - first : ROW_GROUP;
             float     score[ROW_GROUP][TILE];
-            scores(a, s, n_group, rows + first, score);
+            scores(a, q, s, n_group, rows + first, score);
             for (int r = 0; r < n_group; ++r) {
                 const int     i       = rows[first + r];
                 const int     slot    = slot_of(a, row0, i);
                 const float * mask    = seen[slot] == MASKED ? s->mask + slot * TILE : NULL;
                 float *       state   = s->chunk + i * (HEADER + a->dv);
-                const float   rescale = softmax(a, score[r], mask, s->slope[i], state);
+                const float   rescale = softmax(a, score[r], mask, q->slope[i], state);
                 values(a, s, score[r], rescale, state + HEADER);
             }
         }
@@ -686,10 +710,13 @@ static void merge(const struct attention * a, float * total, const float * part)
     total[0] = max;
 }
 
-// Adds the sink, divides by the sum, brings the values back into their order and domain, and writes them.
-static void finish(const struct attention * a, float * state, float * row, int seq, int head_kv, int row_index) {
-    const int position = row_index / a->group;
-    const int head     = head_kv * a->group + row_index % a->group;
+// Of row `index` of all: adds the sink, divides by the sum, brings the values back into their order and domain, and
+// writes them.
+static void finish(const struct attention * a, float * state, float * row, size_t index) {
+    const size_t head_kv  = index / a->n_rows % a->n_head_kv;
+    const size_t seq      = index / a->n_rows / a->n_head_kv;
+    const size_t position = index % a->n_rows / a->group;
+    const size_t head     = head_kv * a->group + index % a->n_rows % a->group;
     if (a->sinks) {
         const float sink = a->sinks[head] * LOG2E;
         const float max  = state[0] > sink ? state[0] : sink;
@@ -710,7 +737,7 @@ static void finish(const struct attention * a, float * state, float * row, int s
             turbokv_srht_inverse(row + b);
         }
     }
-    const size_t place = ((size_t) seq * a->n_q + position) * a->n_head + head;
+    const size_t place = (seq * a->n_q + position) * a->n_head + head;
     memcpy((char *) a->dst->data + place * a->dst->nb[1], row, sizeof(float) * a->dv);
 }
 
@@ -718,56 +745,67 @@ static void finish(const struct attention * a, float * state, float * row, int s
 
 size_t turbokv_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_threads) {
     struct attention a;
+    struct queries   q;
     struct scratch   s;
-    return set_up(&a, dst) ? n_threads * lay_out(&a, NULL, &s) + partial_bytes(&a, n_threads) + 64 : 0;
+    if (!set_up(&a, dst)) {
+        return 0;
+    }
+    return lay_out_queries(&a, NULL, &q) + n_threads * lay_out_scratch(&a, NULL, &s) + partial_bytes(&a, n_threads) +
+           64;  // to begin on a cache line
 }
 
 bool turbokv_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     struct attention a;
+    struct queries   queries;
     struct scratch   s;
     if (params->use_ref || !set_up(&a, dst)) {
         return false;
     }
     GGML_ASSERT(turbokv_flash_attn_ext_work_size(dst, params->nth) <= params->wsize);
 
-    char *       base     = (char *) (((uintptr_t) params->wdata + 63) / 64 * 64);
-    const size_t per_thread = lay_out(&a, base, &s);
-    lay_out(&a, base + params->ith * per_thread, &s);
-    float *    partials = (float *) (base + params->nth * per_thread);
+    char * at = (char *) (((uintptr_t) params->wdata + 63) / 64 * 64);
+    at += lay_out_queries(&a, at, &queries);
+    const size_t per_thread = lay_out_scratch(&a, at, &s);
+    lay_out_scratch(&a, at + params->ith * per_thread, &s);
+    float *    partials = (float *) (at + params->nth * per_thread);
     const bool shared   = chunks_are_shared(&a, params->nth);
 
+    for (int64_t row = params->ith; row < total_rows(&a); row += params->nth) {
+        load_query(&a, &queries, s.row, row);
+    }
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
 
     // KV heads change fastest: their rows lie side by side in the cache.
-    const int n_chunks = shared ? a.chunks : 1;
-    const int n_units  = a.n_seq * a.row_blocks * n_chunks * a.n_head_kv;
+    const size_t state    = HEADER + a.dv;  // floats of a result: maximum, sum, .., values
+    const int    n_chunks = shared ? a.chunks : 1;
+    const int    n_units  = a.n_seq * a.row_blocks * n_chunks * a.n_head_kv;
     for (int unit = params->ith; unit < n_units; unit = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int head_kv = unit % a.n_head_kv;
-        const int chunk   = unit / a.n_head_kv % n_chunks;
-        const int row0    = unit / a.n_head_kv / n_chunks % a.row_blocks * ROWS;
-        const int seq     = unit / a.n_head_kv / n_chunks / a.row_blocks;
-        const int n       = a.n_rows - row0 < ROWS ? a.n_rows - row0 : ROWS;
-        load_query(&a, &s, seq, head_kv, row0, n);
+        const int            head_kv = unit % a.n_head_kv;
+        const int            chunk   = unit / a.n_head_kv % n_chunks;
+        const int            row0    = unit / a.n_head_kv / n_chunks % a.row_blocks * ROWS;
+        const int            seq     = unit / a.n_head_kv / n_chunks / a.row_blocks;
+        const int            n       = a.n_rows - row0 < ROWS ? a.n_rows - row0 : ROWS;
+        const size_t         first   = row_index(&a, seq, head_kv, row0);
+        const struct queries q       = queries_from(&a, &queries, first);
         if (shared) {
-            attend(&a, &s, seq, head_kv, row0, n, chunk);
+            attend(&a, &q, &s, seq, head_kv, row0, n, chunk);
             for (int i = 0; i < n; ++i) {
-                memcpy(partial_at(&a, partials, seq, head_kv, row0 + i, chunk), s.chunk + i * (HEADER + a.dv),
-                       sizeof(float) * (HEADER + a.dv));
+                memcpy(partials + ((first + i) * a.chunks + chunk) * state, s.chunk + i * state, sizeof(float) * state);
             }
             continue;
         }
         reset(&a, s.total, n);
         for (int c = 0; c < a.chunks; ++c) {
-            attend(&a, &s, seq, head_kv, row0, n, c);
+            attend(&a, &q, &s, seq, head_kv, row0, n, c);
             for (int i = 0; i < n; ++i) {
-                merge(&a, s.total + i * (HEADER + a.dv), s.chunk + i * (HEADER + a.dv));
+                merge(&a, s.total + i * state, s.chunk + i * state);
             }
         }
         for (int i = 0; i < n; ++i) {
-            finish(&a, s.total + i * (HEADER + a.dv), s.row, seq, head_kv, row0 + i);
+            finish(&a, s.total + i * state, s.row, first + i);
         }
     }
     if (!shared) {
@@ -775,16 +813,12 @@ bool turbokv_flash_attn_ext(const struct ggml_compute_params * params, struct gg
     }
 
     ggml_barrier(params->threadpool);
-    const int n_rows = a.n_seq * a.n_head_kv * a.n_rows;
-    for (int i = params->ith; i < n_rows; i += params->nth) {
-        const int row     = i % a.n_rows;
-        const int head_kv = i / a.n_rows % a.n_head_kv;
-        const int seq     = i / a.n_rows / a.n_head_kv;
+    for (int64_t row = params->ith; row < total_rows(&a); row += params->nth) {
         reset(&a, s.total, 1);
         for (int c = 0; c < a.chunks; ++c) {
-            merge(&a, s.total, partial_at(&a, partials, seq, head_kv, row, c));
+            merge(&a, s.total, partials + (row * a.chunks + c) * state);
         }
-        finish(&a, s.total, s.row, seq, head_kv, row);
+        finish(&a, s.total, s.row, (size_t) row);
     }
     return true;
 }

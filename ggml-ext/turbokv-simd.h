@@ -64,6 +64,8 @@
 // vf_reduce_max        the largest lane; any of them where one is NaN
 // vf_reduce_add        lanes i and i + VEC_LANES / 2 are added, and so on with the halves
 
+// clang-format off: one operation, one line
+
 #if defined(TURBOKV_SIMD_AVX512)
 
 #    define VEC_LANES 16
@@ -331,6 +333,8 @@ static inline vf vf_half(const void * p) {
 
 #endif
 
+// clang-format on
+
 // ---- 128-bit shuffles that bring packed rows into lanes
 
 // 16 bytes of each of four rows as a 4x4 matrix of words, transposed: word c of row r goes to out[c * stride + r].
@@ -398,9 +402,9 @@ static inline void interleave_bytes(const uint8_t * const * row, uint32_t * out)
 // 48 bytes into three planes of 16: byte 3*g + i goes to out[16*i + g].
 static inline void split_triples(const uint8_t * in, uint8_t * out) {
 #if defined(__AVX512VBMI__) && defined(TURBOKV_SIMD_AVX512)
-    static const uint8_t from[64] = { 0,  3,  6,  9,  12, 15, 18, 21, 24, 27, 30, 33, 36, 39, 42, 45,
-                                      1,  4,  7,  10, 13, 16, 19, 22, 25, 28, 31, 34, 37, 40, 43, 46,
-                                      2,  5,  8,  11, 14, 17, 20, 23, 26, 29, 32, 35, 38, 41, 44, 47 };
+    static const uint8_t from[64] = { 0, 3, 6, 9,  12, 15, 18, 21, 24, 27, 30, 33, 36, 39, 42, 45,
+                                      1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, 37, 40, 43, 46,
+                                      2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35, 38, 41, 44, 47 };
     const __mmask64      bytes    = 0x0000ffffffffffff;
     const __m512i        x        = _mm512_maskz_loadu_epi8(bytes, in);
     _mm512_mask_storeu_epi8(out, bytes, _mm512_permutexvar_epi8(_mm512_loadu_si512(from), x));
@@ -412,14 +416,14 @@ static inline void split_triples(const uint8_t * in, uint8_t * out) {
         // Where byte 3*g + i lies in a, b and c; -1 gives zero.
         static const int8_t from[3][3][16] = {
             { { 0, 3, 6, 9, 12, 15, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1 },
-             { -1, -1, -1, -1, -1, -1, 2, 5, 8, 11, 14, -1, -1, -1, -1, -1 },
-             { -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 1, 4, 7, 10, 13 } },
+              { -1, -1, -1, -1, -1, -1, 2, 5, 8, 11, 14, -1, -1, -1, -1, -1 },
+              { -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 1, 4, 7, 10, 13 } },
             { { 1, 4, 7, 10, 13, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1 },
-             { -1, -1, -1, -1, -1, 0, 3, 6, 9, 12, 15, -1, -1, -1, -1, -1 },
-             { -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 2, 5, 8, 11, 14 } },
+              { -1, -1, -1, -1, -1, 0, 3, 6, 9, 12, 15, -1, -1, -1, -1, -1 },
+              { -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 2, 5, 8, 11, 14 } },
             { { 2, 5, 8, 11, 14, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1 },
-             { -1, -1, -1, -1, -1, 1, 4, 7, 10, 13, -1, -1, -1, -1, -1, -1 },
-             { -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 3, 6, 9, 12, 15 } },
+              { -1, -1, -1, -1, -1, 1, 4, 7, 10, 13, -1, -1, -1, -1, -1, -1 },
+              { -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 3, 6, 9, 12, 15 } },
         };
         const __m128i fa = _mm_loadu_si128((const __m128i *) from[i][0]);
         const __m128i fb = _mm_loadu_si128((const __m128i *) from[i][1]);

@@ -16,18 +16,41 @@ static const int8_t levels_q4_0[16] = { -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2,
 
 const struct int8_format * turbokv_int8_format(enum ggml_type type) {
     static const struct int8_format q8_0 = {
-        PACKING_INT8, QK8_0, sizeof(block_q8_0), offsetof(block_q8_0, qs), 32, offsetof(block_q8_0, d), 32, false, false,
-        false, 1.0f, NULL,
+        PACKING_INT8,
+        QK8_0,
+        sizeof(block_q8_0),
+        offsetof(block_q8_0, qs),
+        32,
+        offsetof(block_q8_0, d),
+        32,
+        false,
+        false,
+        false,
+        1.0f,
+        NULL,
     };
     static const struct int8_format q4_0 = {
-        PACKING_PLANE4, QK4_0, sizeof(block_q4_0), offsetof(block_q4_0, qs), 16, offsetof(block_q4_0, d), 16, false, false,
-        true, 1.0f, levels_q4_0,
+        PACKING_PLANE4,
+        QK4_0,
+        sizeof(block_q4_0),
+        offsetof(block_q4_0, qs),
+        16,
+        offsetof(block_q4_0, d),
+        16,
+        false,
+        false,
+        true,
+        1.0f,
+        levels_q4_0,
     };
     switch ((int) type) {
-        case GGML_TYPE_Q8_0: return &q8_0;
-        case GGML_TYPE_Q4_0: return &q4_0;
+        case GGML_TYPE_Q8_0:
+            return &q8_0;
+        case GGML_TYPE_Q4_0:
+            return &q4_0;
 #include "turbokv-int8-formats.inc"
-        default: return NULL;
+        default:
+            return NULL;
     }
 }
 
@@ -97,7 +120,8 @@ static uint64_t drop_bad_scales(float * scales) {
 // ---- unpacking
 
 // Packed words, and where their fields go. There are `groups` of `n` words each; field f of word i of a group goes to
-// out[f * field_stride + i]. The second and third plane of PLANE21 and STREAM3 start plane_stride words behind the last.
+// out[f * field_stride + i]. The second and third plane of PLANE21 and STREAM3 start plane_stride words behind the
+// last.
 struct unpacking {
     const uint32_t * in;
     uint32_t *       out;
@@ -105,7 +129,8 @@ struct unpacking {
     int              n, plane_stride, field_stride;
 };
 
-TURBOKV_INLINE void unpack_group(enum packing packing, vt table, uint32_t offset, const struct unpacking * u, int group) {
+TURBOKV_INLINE void unpack_group(enum packing packing, vt table, uint32_t offset, const struct unpacking * u,
+                                 int group) {
     const uint32_t * in           = u->in + group * u->in_group_stride;
     uint32_t *       out          = u->out + group * u->out_group_stride;
     const int        n            = u->n;
@@ -173,11 +198,11 @@ TURBOKV_INLINE void unpack_group(enum packing packing, vt table, uint32_t offset
 
 // One branch per tile, not per group.
 static void unpack(enum packing packing, vt table, uint32_t offset, const struct unpacking * u) {
-#define UNPACK(name)                                       \
-    case name:                                             \
-        for (int group = 0; group < u->groups; ++group) {  \
-            unpack_group(name, table, offset, u, group);   \
-        }                                                  \
+#define UNPACK(name)                                                                                                   \
+    case name:                                                                                                         \
+        for (int group = 0; group < u->groups; ++group) {                                                              \
+            unpack_group(name, table, offset, u, group);                                                               \
+        }                                                                                                              \
         break
     switch (packing) {
         UNPACK(PACKING_INT8);

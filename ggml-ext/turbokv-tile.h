@@ -36,17 +36,17 @@ enum packing {
 // A type that fits into an int8 tile. value = scale of the block * step * level[index]
 struct int8_format {
     enum packing   packing;
-    int            block;        // values per block
-    int            block_bytes;  // of which
-    int            indices;      //   the indices start here,
-    int            index_bytes;  //   are so many bytes,
-    int            scale;        //   and the fp16 scale stands here
-    int            plane;        // bytes of the (first) plane
-    bool           interleaved;  // neighbouring fields are neighbouring values, not values `plane` apart
-    bool           rotates;      // the codec rotates (SRHT)
-    bool           signed_scale; // scales may be negative: then V needs a float tile
+    int            block;         // values per block
+    int            block_bytes;   // of which
+    int            indices;       //   the indices start here,
+    int            index_bytes;   //   are so many bytes,
+    int            scale;         //   and the fp16 scale stands here
+    int            plane;         // bytes of the (first) plane
+    bool           interleaved;   // neighbouring fields are neighbouring values, not values `plane` apart
+    bool           rotates;       // the codec rotates (SRHT)
+    bool           signed_scale;  // scales may be negative: then V needs a float tile
     float          step;
-    const int8_t * level;        // 16 of them; PACKING_INT8 has none
+    const int8_t * level;  // 16 of them; PACKING_INT8 has none
 };
 
 static inline int turbokv_tile_order(const struct int8_format * f, int place) {
