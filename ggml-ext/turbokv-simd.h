@@ -15,7 +15,7 @@
 #include "ggml-impl.h"
 
 #if defined(TURBOKV_SIMD_SCALAR)
-#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
 #    define TURBOKV_SIMD_AVX512
 #elif defined(__AVX2__) && defined(__F16C__)
 #    define TURBOKV_SIMD_AVX2
