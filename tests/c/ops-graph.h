@@ -106,8 +106,8 @@ static std::vector<float> decode(ggml_type type, const void * row, int64_t n) {
 
 // A graph of a few tensors on the CPU backend. Three threads: their shares of the work are uneven.
 struct graph {
-    ggml_backend_ptr        backend{ ggml_backend_cpu_init() };
-    ggml_context_ptr        ctx{ ggml_init({ 64 * ggml_tensor_overhead() + 2 * ggml_graph_overhead(), nullptr, true }) };
+    ggml_backend_ptr backend{ ggml_backend_cpu_init() };
+    ggml_context_ptr ctx{ ggml_init({ 64 * ggml_tensor_overhead() + 2 * ggml_graph_overhead(), nullptr, true }) };
     ggml_backend_buffer_ptr buffer;
 
     graph() { ggml_backend_cpu_set_n_threads(backend.get(), 3); }
