@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,3 +95,23 @@ def test_cuda_is_refused_until_it_exists(tmp_path: Path) -> None:
     run = configure(tmp_path / "build", "-DTURBOKV_CUDA=ON")
     assert run.returncode != 0
     assert "there are no CUDA kernels yet" in run.stderr
+
+
+def test_every_cpu_variant_has_our_sources_and_is_installed(tmp_path: Path, upstream: Path) -> None:
+    build = tmp_path / "build"
+    variants = ("-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON", "-DGGML_NATIVE=OFF", "-DTURBOKV_TESTS=OFF")
+    run = configure(build, f"-DTURBOKV_LLAMA_SOURCE={upstream}", *variants)
+    assert run.returncode == 0, run.stderr
+
+    compdb = subprocess.run(["ninja", "-C", build, "-t", "compdb"], capture_output=True, text=True, check=True)
+    sources: dict[str, set[str]] = {}
+    for command in json.loads(compdb.stdout):
+        target = re.search(r"/(ggml-cpu[^/]*)\.dir/", command["output"])
+        if target and not target[1].endswith("-feats"):
+            source = Path(command["file"]).name
+            sources.setdefault(target[1], set()).add(source)
+            assert not source.startswith("turbokv") or "-ffp-contract=off" in command["command"]
+    assert len(sources) > 2
+    for library, names in sources.items():
+        assert {"turbokv-cpu.c", "turbokv-attention.c", "turbokv-tile.c"} <= names, library
+        assert library in (build / "cmake_install.cmake").read_text()
