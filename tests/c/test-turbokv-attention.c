@@ -352,7 +352,7 @@ static void test_exactness(int i) {
         .n_head_kv     = 1 + i % 3,
         .group         = i % 5 == 2 ? 5 : 2,
         .n_q           = 130,
-        .n_kv          = i % 2 ? 1100 : 577,
+        .n_kv          = i % 4 ? 1100 : 577,
         .n_seq         = 1,
         .n_seq_kv      = 1,
         .mask          = i % 4 == 3 ? WINDOW
