@@ -272,7 +272,7 @@ static void quantize_query(const struct attention * a, float * x, int8_t * q, fl
     memcpy(&max, &max_bits, sizeof(max));
 
     const bool  finite  = max_bits < 0x7f800000;
-    const float inverse = finite && max > 0.0f ? 127.0f / max : 0.0f;
+    const float inverse = finite && max > 1e-30f ? 127.0f / max : 0.0f;  // below, the quotient would overflow
     int32_t     values[MAX_BLOCK];
     for (int i = 0; i < f->block; i += VEC_LANES) {
         vi_store(values + i, vi_round(vf_mul(vf_load(x + i), vf_set1(inverse))));
