@@ -23,13 +23,14 @@
 #include "turbokv-tile.h"
 
 enum {
-    ROWS      = 64,        // query rows that share a decoded tile
-    CHUNK     = 8 * TILE,  // keys
-    ROW_GROUP = 4,         // query rows that are multiplied with K at a time
-    PROB_BITS = 14,        // of a probability, in two factors of 7
-    MAX_BLOCK = 128,       // values of an int8 format
-    HEADER    = 16,        // floats before the accumulator of a partial result: maximum, sum, padding to a cache line
-    UNITS     = 4,         // per thread: with fewer blocks of rows than that, chunks are shared out, too
+    ROWS        = 64,        // query rows that share a decoded tile
+    CHUNK       = 8 * TILE,  // keys
+    ROW_GROUP   = 4,         // query rows that are multiplied with K at a time
+    PROB_BITS   = 14,        // of a probability, in two factors of 7
+    MAX_BLOCK   = 128,       // values of an int8 format
+    HEADER      = 16,        // floats before the values of a result: maximum, sum, padding to a cache line
+    UNITS       = 4,         // per thread: with fewer blocks of rows than that, chunks are shared out, too,
+    SHARED_ROWS = 512,       // but not for more rows than this: results of all chunks take memory
 };
 
 // Scores, masks and maxima are in units of log2, because 2^x is cheaper than exp(x).
@@ -130,10 +131,11 @@ static bool set_up(struct attention * a, const struct ggml_tensor * dst) {
 
 // ---- memory
 
-static void * take(char ** at, size_t bytes) {
-    char * taken = *at;
+// Addresses are numbers here, so that a layout from 0 on tells the size.
+static void * take(uintptr_t * at, size_t bytes) {
+    const uintptr_t taken = *at;
     *at += (bytes + 63) / 64 * 64;
-    return taken;
+    return (void *) taken;
 }
 
 static int64_t total_rows(const struct attention * a) {
@@ -145,16 +147,32 @@ static size_t row_index(const struct attention * a, int seq, int head_kv, int ro
     return ((size_t) seq * a->n_head_kv + head_kv) * a->n_rows + row;
 }
 
-// Lays out the queries from `base` on, which may be NULL, and returns their size.
-static size_t lay_out_queries(const struct attention * a, char * base, struct queries * q) {
+// Lays out the queries from `base` on and returns their size.
+static size_t lay_out_queries(const struct attention * a, uintptr_t base, struct queries * q) {
     const size_t rows = (size_t) total_rows(a);
-    char *       at   = base;
+    uintptr_t    at   = base;
     q->q_int8         = take(&at, a->kf ? rows * a->dk : 0);
     q->q_offset       = take(&at, a->kf ? sizeof(int32_t) * rows * a->k_blocks : 0);
     q->q_scale        = take(&at, a->kf ? sizeof(float) * rows * a->k_blocks : 0);
     q->q_float        = take(&at, a->kf ? 0 : sizeof(float) * rows * a->dk);
     q->slope          = take(&at, sizeof(float) * rows);
-    return (size_t) (at - base);
+    return at - base;
+}
+
+// The same for a thread's scratch.
+static size_t lay_out_scratch(const struct attention * a, uintptr_t base, struct scratch * s) {
+    uintptr_t at = base;
+
+    s->mask    = take(&at, sizeof(float) * ROWS * TILE);
+    s->k_tile  = take(&at, (a->kf ? 1 : sizeof(float)) * TILE * a->dk);
+    s->k_scale = take(&at, sizeof(float) * TILE * a->k_blocks);
+    s->v_tile  = take(&at, (a->vf ? 1 : sizeof(float)) * TILE * a->dv);
+    s->v_scale = take(&at, sizeof(float) * TILE * a->v_blocks);
+    s->v_bad   = take(&at, sizeof(uint64_t) * a->v_blocks);
+    s->row     = take(&at, sizeof(float) * (a->dk > a->dv ? a->dk : a->dv));
+    s->chunk   = take(&at, sizeof(float) * ROWS * (HEADER + a->dv));
+    s->total   = take(&at, sizeof(float) * ROWS * (HEADER + a->dv));
+    return at - base;
 }
 
 static struct queries queries_from(const struct attention * a, const struct queries * all, size_t row) {
@@ -167,25 +185,10 @@ static struct queries queries_from(const struct attention * a, const struct quer
     };
 }
 
-// The same for a thread's scratch.
-static size_t lay_out_scratch(const struct attention * a, char * base, struct scratch * s) {
-    char * at  = base;
-    s->mask    = take(&at, sizeof(float) * ROWS * TILE);
-    s->k_tile  = take(&at, (a->kf ? 1 : sizeof(float)) * TILE * a->dk);
-    s->k_scale = take(&at, sizeof(float) * TILE * a->k_blocks);
-    s->v_tile  = take(&at, (a->vf ? 1 : sizeof(float)) * TILE * a->dv);
-    s->v_scale = take(&at, sizeof(float) * TILE * a->v_blocks);
-    s->v_bad   = take(&at, sizeof(uint64_t) * a->v_blocks);
-    s->row     = take(&at, sizeof(float) * (a->dk > a->dv ? a->dk : a->dv));
-    s->chunk   = take(&at, sizeof(float) * ROWS * (HEADER + a->dv));
-    s->total   = take(&at, sizeof(float) * ROWS * (HEADER + a->dv));
-    return (size_t) (at - base);
-}
-
 // Few rows: threads share out the chunks, too, and their results meet in memory.
 static bool chunks_are_shared(const struct attention * a, int n_threads) {
     const int64_t blocks = (int64_t) a->n_seq * a->n_head_kv * a->row_blocks;
-    return n_threads > 1 && a->chunks > 1 && blocks < UNITS * n_threads;
+    return n_threads > 1 && a->chunks > 1 && blocks < UNITS * n_threads && total_rows(a) <= SHARED_ROWS;
 }
 
 static size_t partial_bytes(const struct attention * a, int n_threads) {
@@ -750,7 +753,7 @@ size_t turbokv_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_th
     if (!set_up(&a, dst)) {
         return 0;
     }
-    return lay_out_queries(&a, NULL, &q) + n_threads * lay_out_scratch(&a, NULL, &s) + partial_bytes(&a, n_threads) +
+    return lay_out_queries(&a, 0, &q) + n_threads * lay_out_scratch(&a, 0, &s) + partial_bytes(&a, n_threads) +
            64;  // to begin on a cache line
 }
 
@@ -763,7 +766,7 @@ bool turbokv_flash_attn_ext(const struct ggml_compute_params * params, struct gg
     }
     GGML_ASSERT(turbokv_flash_attn_ext_work_size(dst, params->nth) <= params->wsize);
 
-    char * at = (char *) (((uintptr_t) params->wdata + 63) / 64 * 64);
+    uintptr_t at = ((uintptr_t) params->wdata + 63) / 64 * 64;
     at += lay_out_queries(&a, at, &queries);
     const size_t per_thread = lay_out_scratch(&a, at, &s);
     lay_out_scratch(&a, at + params->ith * per_thread, &s);
