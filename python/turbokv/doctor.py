@@ -33,7 +33,8 @@ class Finding:
     ok: bool | None = None
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The CPU's model name as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
         if line.startswith("model name"):
@@ -83,7 +84,7 @@ def findings() -> Iterator[Finding]:
     yield Finding("hooks", f"{len(hooks)} hooks, {lines} inserted lines in {len(files)} files")
     for hook in hooks:
         yield Finding(f"  {hook['name']}", f"{hook['file']}: {hook['why']}")
-    yield Finding("CPU", f"{_cpu()}, {platform.machine()}")
+    yield Finding("CPU", f"{cpu_name()}, {platform.machine()}")
     if info["bindings"]:
         yield from _library()
     else:

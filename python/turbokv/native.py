@@ -80,6 +80,8 @@ def llama() -> ModuleType:
         sys.path.remove(str(folder / "bindings"))
     loaded: ModuleType = lib
     loaded.llama_backend_init()
+    if lib._lib.ggml_backend_reg_count() == 0:  # GGML_BACKEND_DL: backends are libraries of their own
+        lib._lib.ggml_backend_load_all_from_path(os.fsencode(folder))
     return loaded
 
 
@@ -88,6 +90,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.ggml_type_name.argtypes, lib.ggml_type_name.restype = [ctypes.c_int], ctypes.c_char_p
     lib.ggml_type_size.argtypes, lib.ggml_type_size.restype = [ctypes.c_int], ctypes.c_size_t
     lib.ggml_blck_size.argtypes, lib.ggml_blck_size.restype = [ctypes.c_int], ctypes.c_int64
+    lib.ggml_backend_reg_count.argtypes, lib.ggml_backend_reg_count.restype = [], ctypes.c_size_t
+    lib.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
+    lib.ggml_backend_load_all_from_path.restype = None
     type_pointer = ctypes.POINTER(ctypes.c_int)
     lib.turbokv_resolve_cache_types.argtypes = [ctypes.c_void_p, type_pointer, type_pointer]
     lib.turbokv_resolve_cache_types.restype = ctypes.c_bool

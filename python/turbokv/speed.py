@@ -37,7 +37,7 @@ from scipy.special import stdtrit
 
 from turbokv import data, native
 from turbokv.cache_type import CachePair
-from turbokv.doctor import _cpu as cpu_name
+from turbokv.doctor import cpu_name
 from turbokv.errors import TurbokvError
 
 F16 = CachePair("f16", "f16")
@@ -172,6 +172,8 @@ def settings(plan: Plan) -> dict[str, Any]:
         "upstream_commit": native.build_info()["upstream_commit"],
         "build": build,
         "threads": plan.threads,
+        # How idle threads wait: "passive" costs a wake-up at every operation, and spinning ones a core from others.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
         "n_prompt": plan.n_prompt,
         "n_gen": plan.n_gen,
         "caches": list(plan.caches),
@@ -336,8 +338,6 @@ def bench(plan: Plan, cell: Cell) -> tuple[float | None, float | None]:
             errors="replace",
             timeout=plan.timeout,
             check=False,
-            # Threads that spin while they wait make everything several times slower where cores are shared.
-            env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         )
     except subprocess.TimeoutExpired:
         raise CellFailed(f"not finished within --timeout {plan.timeout:g} seconds") from None
@@ -450,7 +450,10 @@ def records(run: Measurement) -> list[dict[str, Any]]:
                     "rounds": len(own),
                     "samples": [{"round": s.round, "pp": s.pp, "tg": s.tg} for s in own],
                     "error": error,
-                    **{key: run.settings[key] for key in ("model", "cpu", "upstream_commit", "build", "seed")},
+                    **{
+                        key: run.settings[key]
+                        for key in ("model", "cpu", "OMP_WAIT_POLICY", "upstream_commit", "build", "seed")
+                    },
                 }
             )
     return out
