@@ -9,7 +9,7 @@
 // order. Threads share either blocks of rows, each of which one thread takes through all chunks, or, where there are
 // few rows, blocks and chunks. Both do the same additions in the same order.
 //
-// Truth: float64 attention over dequantized rows, tests/c/test-turbokv-attention.c, which also states the error bounds.
+// Truth: float64 attention over dequantized rows; tests/c/attention-truth.h derives the bounds of the error.
 
 #include "turbokv-attention.h"
 
