@@ -746,15 +746,16 @@ static void finish(const struct attention * a, float * state, float * row, size_
 
 // ---- the op
 
+static size_t work_size(const struct attention * a, int n_threads) {
+    struct queries q;
+    struct scratch s;
+    return lay_out_queries(a, 0, &q) + n_threads * lay_out_scratch(a, 0, &s) + partial_bytes(a, n_threads) +
+           64;  // to begin on a cache line
+}
+
 size_t turbokv_flash_attn_ext_work_size(const struct ggml_tensor * dst, int n_threads) {
     struct attention a;
-    struct queries   q;
-    struct scratch   s;
-    if (!set_up(&a, dst)) {
-        return 0;
-    }
-    return lay_out_queries(&a, 0, &q) + n_threads * lay_out_scratch(&a, 0, &s) + partial_bytes(&a, n_threads) +
-           64;  // to begin on a cache line
+    return set_up(&a, dst) ? work_size(&a, n_threads) : 0;
 }
 
 bool turbokv_flash_attn_ext(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
@@ -764,7 +765,7 @@ bool turbokv_flash_attn_ext(const struct ggml_compute_params * params, struct gg
     if (params->use_ref || !set_up(&a, dst)) {
         return false;
     }
-    GGML_ASSERT(turbokv_flash_attn_ext_work_size(dst, params->nth) <= params->wsize);
+    GGML_ASSERT(work_size(&a, params->nth) <= params->wsize);
 
     uintptr_t at = ((uintptr_t) params->wdata + 63) / 64 * 64;
     at += lay_out_queries(&a, at, &queries);

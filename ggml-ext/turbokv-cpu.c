@@ -8,13 +8,6 @@
 #include "ggml-impl.h"
 #include "turbokv-encode.h"
 
-#define TURBOKV_CODEC(name, qk, bits, packing, srht, table)                                                            \
-    void quantize_row_##name(const float * GGML_RESTRICT x, void * GGML_RESTRICT vy, int64_t k) {                      \
-        block_##name * y = vy;                                                                                         \
-        TURBOKV_ENCODE_ROW(x, y, k, qk, bits, packing, srht, table);                                                   \
-    }
-#include "turbokv-codec-list.inc"
-
 // Dot product of n decoded floats (n a multiple of QK8_0) with q8_0 blocks. One sum per lane: a single sum could
 // not be vectorized without reordering float additions.
 static inline float turbo_dot_q8_0(const float * x, const block_q8_0 * y, int n) {
@@ -32,7 +25,11 @@ static inline float turbo_dot_q8_0(const float * x, const block_q8_0 * y, int n)
     return sum;
 }
 
-#define TURBOKV_DEFINE_VEC_DOT(name, qk)                                                                               \
+#define TURBOKV_CODEC(name, qk, bits, packing, srht, table)                                                            \
+    void quantize_row_##name(const float * GGML_RESTRICT x, void * GGML_RESTRICT vy, int64_t k) {                      \
+        block_##name * y = vy;                                                                                         \
+        TURBOKV_ENCODE_ROW(x, y, k, qk, bits, packing, srht, table);                                                   \
+    }                                                                                                                  \
     void ggml_vec_dot_##name##_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy,          \
                                     size_t by, int nrc) {                                                              \
         assert(n % (qk) == 0);                                                                                         \
@@ -51,13 +48,4 @@ static inline float turbo_dot_q8_0(const float * x, const block_q8_0 * y, int n)
         }                                                                                                              \
         *s = sum;                                                                                                      \
     }
-
-TURBOKV_DEFINE_VEC_DOT(turbo2, QK_TURBO2)
-TURBOKV_DEFINE_VEC_DOT(turbo2_64, QK_TURBO2_64)
-TURBOKV_DEFINE_VEC_DOT(turbo3, QK_TURBO3)
-TURBOKV_DEFINE_VEC_DOT(turbo3_64, QK_TURBO3_64)
-TURBOKV_DEFINE_VEC_DOT(turbo4, QK_TURBO4)
-TURBOKV_DEFINE_VEC_DOT(turbo4_64, QK_TURBO4_64)
-TURBOKV_DEFINE_VEC_DOT(tbq2, QK_TBQ2)
-TURBOKV_DEFINE_VEC_DOT(tbq3, QK_TBQ3)
-TURBOKV_DEFINE_VEC_DOT(tbq4, QK_TBQ4)
+#include "turbokv-codec-list.inc"

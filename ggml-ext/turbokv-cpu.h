@@ -15,8 +15,7 @@
 extern "C" {
 #endif
 
-#include "turbokv-cpu-quants.inc"
-#include "turbokv-vec-dots.inc"
+#include "turbokv-cpu-codecs.inc"
 
 #ifdef __cplusplus
 }

@@ -14,16 +14,10 @@
 #include <string.h>
 
 #include "ggml-impl.h"
+#include "turbokv-inline.h"
 #include "turbokv-quants.h"
 #include "turbokv-srht.h"
 #include "turbokv-tables.h"
-
-// Everything about a type must be a constant where the loops are compiled.
-#if defined(_MSC_VER) && !defined(__clang__)
-#    define TURBOKV_INLINE static __forceinline
-#else
-#    define TURBOKV_INLINE static inline __attribute__((always_inline))
-#endif
 
 #define TURBOKV_MAX_BLOCK  128
 #define TURBOKV_MAX_LEVELS 16

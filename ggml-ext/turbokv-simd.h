@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "ggml-impl.h"
+#include "turbokv-inline.h"
 
 #if defined(TURBOKV_SIMD_SCALAR)
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
@@ -37,13 +38,6 @@
 #    define TURBOKV_K_OFFSET 0
 #endif
 
-// Specialized by constant arguments, hence always inline.
-#if defined(_MSC_VER)
-#    define TURBOKV_INLINE static __forceinline
-#else
-#    define TURBOKV_INLINE static inline __attribute__((always_inline))
-#endif
-
 // Accumulators stay in registers only when the loops over them are unrolled.
 #if defined(__GNUC__)
 #    define TURBOKV_UNROLL _Pragma("GCC unroll 8")
@@ -65,6 +59,17 @@
 // vf_reduce_add        lanes i and i + VEC_LANES / 2 are added, and so on with the halves
 
 // clang-format off: one operation, one line
+
+#if defined(TURBOKV_SIMD_AVX512) || defined(TURBOKV_SIMD_AVX2)
+static inline float reduce_max_128(__m128 x) {
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+static inline float reduce_add_128(__m128 x) {
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+#endif
 
 #if defined(TURBOKV_SIMD_AVX512)
 
@@ -108,14 +113,6 @@ static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf vf_select_lt(vf a, vf b, vf x, vf y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
-}
-static inline float reduce_max_128(__m128 x) {
-    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
-}
-static inline float reduce_add_128(__m128 x) {
-    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 static inline float vf_reduce_max(vf x) {
     const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
@@ -186,14 +183,10 @@ static inline vf vf_select_lt(vf a, vf b, vf x, vf y) {
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
 static inline float vf_reduce_max(vf x) {
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    m        = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+    return reduce_max_128(_mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
 static inline float vf_reduce_add(vf x) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    s        = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    return reduce_add_128(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
 }
 static inline vf vf_from_int(vi x) { return _mm256_cvtepi32_ps(x); }
 static inline vi vi_round(vf x) { return _mm256_cvtps_epi32(x); }
@@ -337,13 +330,14 @@ static inline vf vf_half(const void * p) {
 
 // ---- 128-bit shuffles that bring packed rows into lanes
 
-// 16 bytes of each of four rows as a 4x4 matrix of words, transposed: word c of row r goes to out[c * stride + r].
-static inline void transpose_words(const uint8_t * const * row, uint32_t * out, int stride) {
+// 16 bytes from `column` on of each of four rows as a 4x4 matrix of words, transposed: word c of row r goes to out[c *
+// stride + r].
+static inline void transpose_words(const uint8_t * const * row, int column, uint32_t * out, int stride) {
 #if defined(TURBOKV_SIMD_SSE2)
-    const __m128i r0 = _mm_loadu_si128((const __m128i *) row[0]);
-    const __m128i r1 = _mm_loadu_si128((const __m128i *) row[1]);
-    const __m128i r2 = _mm_loadu_si128((const __m128i *) row[2]);
-    const __m128i r3 = _mm_loadu_si128((const __m128i *) row[3]);
+    const __m128i r0 = _mm_loadu_si128((const __m128i *) (row[0] + column));
+    const __m128i r1 = _mm_loadu_si128((const __m128i *) (row[1] + column));
+    const __m128i r2 = _mm_loadu_si128((const __m128i *) (row[2] + column));
+    const __m128i r3 = _mm_loadu_si128((const __m128i *) (row[3] + column));
     const __m128i a  = _mm_unpacklo_epi32(r0, r1);
     const __m128i b  = _mm_unpackhi_epi32(r0, r1);
     const __m128i c  = _mm_unpacklo_epi32(r2, r3);
@@ -353,10 +347,10 @@ static inline void transpose_words(const uint8_t * const * row, uint32_t * out, 
     _mm_storeu_si128((__m128i *) (out + 2 * stride), _mm_unpacklo_epi64(b, d));
     _mm_storeu_si128((__m128i *) (out + 3 * stride), _mm_unpackhi_epi64(b, d));
 #elif defined(TURBOKV_SIMD_NEON)
-    const uint32x4_t r0 = vi_load(row[0]);
-    const uint32x4_t r1 = vi_load(row[1]);
-    const uint32x4_t r2 = vi_load(row[2]);
-    const uint32x4_t r3 = vi_load(row[3]);
+    const uint32x4_t r0 = vi_load(row[0] + column);
+    const uint32x4_t r1 = vi_load(row[1] + column);
+    const uint32x4_t r2 = vi_load(row[2] + column);
+    const uint32x4_t r3 = vi_load(row[3] + column);
     const uint64x2_t a  = vreinterpretq_u64_u32(vzip1q_u32(r0, r1));
     const uint64x2_t b  = vreinterpretq_u64_u32(vzip2q_u32(r0, r1));
     const uint64x2_t c  = vreinterpretq_u64_u32(vzip1q_u32(r2, r3));
@@ -368,19 +362,19 @@ static inline void transpose_words(const uint8_t * const * row, uint32_t * out, 
 #else
     for (int r = 0; r < 4; ++r) {
         for (int c = 0; c < 4; ++c) {
-            memcpy(out + c * stride + r, row[r] + 4 * c, 4);
+            memcpy(out + c * stride + r, row[r] + column + 4 * c, 4);
         }
     }
 #endif
 }
 
-// 16 bytes of each of four rows, interleaved: byte j of row r becomes byte r of out[j].
-static inline void interleave_bytes(const uint8_t * const * row, uint32_t * out) {
+// 16 bytes from `column` on of each of four rows, interleaved: byte j of row r becomes byte r of out[j].
+static inline void interleave_bytes(const uint8_t * const * row, int column, uint32_t * out) {
 #if defined(TURBOKV_SIMD_SSE2)
-    const __m128i r0 = _mm_loadu_si128((const __m128i *) row[0]);
-    const __m128i r1 = _mm_loadu_si128((const __m128i *) row[1]);
-    const __m128i r2 = _mm_loadu_si128((const __m128i *) row[2]);
-    const __m128i r3 = _mm_loadu_si128((const __m128i *) row[3]);
+    const __m128i r0 = _mm_loadu_si128((const __m128i *) (row[0] + column));
+    const __m128i r1 = _mm_loadu_si128((const __m128i *) (row[1] + column));
+    const __m128i r2 = _mm_loadu_si128((const __m128i *) (row[2] + column));
+    const __m128i r3 = _mm_loadu_si128((const __m128i *) (row[3] + column));
     const __m128i a  = _mm_unpacklo_epi8(r0, r1);
     const __m128i b  = _mm_unpackhi_epi8(r0, r1);
     const __m128i c  = _mm_unpacklo_epi8(r2, r3);
@@ -390,11 +384,13 @@ static inline void interleave_bytes(const uint8_t * const * row, uint32_t * out)
     _mm_storeu_si128((__m128i *) (out + 8), _mm_unpacklo_epi16(b, d));
     _mm_storeu_si128((__m128i *) (out + 12), _mm_unpackhi_epi16(b, d));
 #elif defined(TURBOKV_SIMD_NEON)
-    const uint8x16x4_t rows = { { vld1q_u8(row[0]), vld1q_u8(row[1]), vld1q_u8(row[2]), vld1q_u8(row[3]) } };
+    const uint8x16x4_t rows = { { vld1q_u8(row[0] + column), vld1q_u8(row[1] + column), vld1q_u8(row[2] + column),
+                                  vld1q_u8(row[3] + column) } };
     vst4q_u8((uint8_t *) out, rows);
 #else
     for (int j = 0; j < 16; ++j) {
-        out[j] = row[0][j] | (uint32_t) row[1][j] << 8 | (uint32_t) row[2][j] << 16 | (uint32_t) row[3][j] << 24;
+        out[j] = row[0][column + j] | (uint32_t) row[1][column + j] << 8 | (uint32_t) row[2][column + j] << 16 |
+                 (uint32_t) row[3][column + j] << 24;
     }
 #endif
 }

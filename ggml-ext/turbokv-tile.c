@@ -243,13 +243,7 @@ void turbokv_k_tile_int8(const struct tile_source * src, uint32_t * tile, float 
         const int bytes = index_rows(src, block, row, copies);
         for (int column = 0; column < bytes; column += 16) {
             for (int key = 0; key < TILE; key += 4) {
-                const uint8_t * const at[4] = {
-                    row[key] + column,
-                    row[key + 1] + column,
-                    row[key + 2] + column,
-                    row[key + 3] + column,
-                };
-                transpose_words(at, packed + column / 4 * TILE + key, TILE);
+                transpose_words(row + key, column, packed + column / 4 * TILE + key, TILE);
             }
         }
         const int plane_words = f->plane / 4;
@@ -284,13 +278,7 @@ void turbokv_v_tile_int8(const struct tile_source * src, uint32_t * tile, float 
         for (int quad = 0; quad < TILE / 4; ++quad) {
             uint32_t * words = packed + quad * MAX_INDEX_BYTES;
             for (int column = 0; column < bytes; column += 16) {
-                const uint8_t * const at[4] = {
-                    row[4 * quad] + column,
-                    row[4 * quad + 1] + column,
-                    row[4 * quad + 2] + column,
-                    row[4 * quad + 3] + column,
-                };
-                interleave_bytes(at, words + column);
+                interleave_bytes(row + 4 * quad, column, words + column);
             }
         }
         // In a second pass: a wide load right behind the narrow stores would wait for them.
@@ -311,17 +299,20 @@ void turbokv_v_tile_int8(const struct tile_source * src, uint32_t * tile, float 
     }
 }
 
+static void float_row(const struct tile_source * src, int key, float * row) {
+    const void * data = src->data + key * src->stride;
+    if (key >= src->n_keys) {
+        memset(row, 0, src->n * sizeof(float));
+    } else if (src->type == GGML_TYPE_F32) {
+        memcpy(row, data, src->n * sizeof(float));
+    } else {
+        ggml_get_type_traits(src->type)->to_float(data, row, src->n);
+    }
+}
+
 void turbokv_k_tile_float(const struct tile_source * src, float * tile, float * row) {
-    const ggml_to_float_t to_float = ggml_get_type_traits(src->type)->to_float;
     for (int key = 0; key < TILE; ++key) {
-        const void * data = src->data + key * src->stride;
-        if (key >= src->n_keys) {
-            memset(row, 0, src->n * sizeof(float));
-        } else if (src->type == GGML_TYPE_F32) {
-            memcpy(row, data, src->n * sizeof(float));
-        } else {
-            to_float(data, row, src->n);
-        }
+        float_row(src, key, row);
         for (int d = 0; d < src->n; ++d) {
             tile[d * TILE + key] = row[d];
         }
@@ -329,16 +320,7 @@ void turbokv_k_tile_float(const struct tile_source * src, float * tile, float * 
 }
 
 void turbokv_v_tile_float(const struct tile_source * src, float * tile) {
-    const ggml_to_float_t to_float = ggml_get_type_traits(src->type)->to_float;
     for (int key = 0; key < TILE; ++key) {
-        const void * data = src->data + key * src->stride;
-        float *      row  = tile + key * src->n;
-        if (key >= src->n_keys) {
-            memset(row, 0, src->n * sizeof(float));
-        } else if (src->type == GGML_TYPE_F32) {
-            memcpy(row, data, src->n * sizeof(float));
-        } else {
-            to_float(data, row, src->n);
-        }
+        float_row(src, key, tile + key * src->n);
     }
 }

@@ -130,13 +130,12 @@ def codec_list_row(t: KVType) -> str:
     return f"TURBOKV_CODEC({t.name}, QK_{t.name.upper()}, {arguments})\n"
 
 
-def cpu_quants_prototype(t: KVType) -> str:
-    return f"void quantize_row_{t.name}(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);\n"
-
-
-def vec_dot_prototype(t: KVType) -> str:
+def cpu_codec_prototypes(t: KVType) -> str:
     arguments = "int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc"
-    return f"void ggml_vec_dot_{t.name}_q8_0({arguments});\n"
+    return (
+        f"void quantize_row_{t.name}(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);\n"
+        f"void ggml_vec_dot_{t.name}_q8_0({arguments});\n"
+    )
 
 
 def traits(t: KVType) -> str:
@@ -227,8 +226,7 @@ def wanted() -> dict[str, bytes]:
         "turbokv-tables.h": tables(),
         "turbokv-codecs.inc": rows(codec_prototypes),
         "turbokv-codec-list.inc": rows(codec_list_row),
-        "turbokv-cpu-quants.inc": rows(cpu_quants_prototype),
-        "turbokv-vec-dots.inc": rows(vec_dot_prototype),
+        "turbokv-cpu-codecs.inc": rows(cpu_codec_prototypes),
         "turbokv-int8-formats.inc": rows(int8_format),
         "turbokv-type-enum.inc": type_enum(),
         "turbokv-traits.inc": rows(traits),

@@ -427,6 +427,7 @@ def records(run: Measurement) -> list[dict[str, Any]]:
     samples            those rounds: `round` from 1, `pp` and `tg` in tokens/s
     error              why the cell was given up, and in which round; null if it was not
     model, cpu, upstream_commit, build, seed    file name, CPU, llama.cpp, build_id(), --seed
+    OMP_WAIT_POLICY    as set in the environment, empty if it is not
     """
     out: list[dict[str, Any]] = []
     for depth in run.plan.depths:

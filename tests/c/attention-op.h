@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "ggml-cpu-impl.h"
+#include "splitmix64.h"
 #include "turbokv-attention.h"
 #include "turbokv-tile.h"
 
@@ -84,16 +85,7 @@ static bool is_accepted(enum ggml_type type_k, enum ggml_type type_v) {
     return type_k >= GGML_TYPE_TURBOKV_FIRST || type_v >= GGML_TYPE_TURBOKV_FIRST;
 }
 
-// ---- random numbers: splitmix64
-
-static uint64_t random_state = 0;
-
-static uint64_t random_u64(void) {
-    uint64_t z = random_state += 0x9e3779b97f4a7c15u;
-    z          = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z          = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
+// ---- random numbers
 
 static int random_below(int n) {
     return (int) (random_u64() >> 33) % n;

@@ -6,6 +6,7 @@
 // sanitized codec that is linked into it. Buffers are malloc'd to the byte for AddressSanitizer's sake.
 
 #include "ggml.h"
+#include "splitmix64.h"
 #include "turbokv-encode.h"
 #include "turbokv-quants.h"
 
@@ -112,16 +113,6 @@ static float scale_of(const struct codec * c, const uint8_t * block) {
     ggml_fp16_t d;
     memcpy(&d, block + c->d_offset, sizeof(d));
     return ggml_fp16_to_fp32(d);
-}
-
-// splitmix64: the same numbers on every machine.
-static uint64_t random_state = 0;
-
-static uint64_t random_u64(void) {
-    uint64_t z = random_state += 0x9e3779b97f4a7c15u;
-    z          = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z          = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
 }
 
 static void random_gaussian(float * x, int n) {  // Box-Muller, n even
