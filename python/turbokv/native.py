@@ -9,8 +9,10 @@ import it.)
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,9 @@ from typing import Any
 from turbokv.errors import TurbokvError
 
 PACKAGE = Path(__file__).resolve().parent
+LLAMA_BENCH_LOADS = re.compile(
+    r"llama-bench(\.exe)?|(lib)?(ggml.*|llama|llama-common|llama-bench-impl)\.(so|dylib|dll).*"
+)
 
 
 @cache
@@ -52,6 +57,16 @@ def tool(name: str) -> Path:
     if not path.is_file():
         raise TurbokvError(f"{name} is missing from {native_dir()}: build it with `cmake --build build`")
     return path
+
+
+def build_id() -> str:
+    """12 hex digits of the SHA-256 of llama-bench and the libraries that it loads: the overlay may change while the
+    commit of llama.cpp stays."""
+    bench = tool("llama-bench")
+    digest = hashlib.sha256()
+    for path in sorted(file for file in bench.parent.iterdir() if LLAMA_BENCH_LOADS.fullmatch(file.name)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @cache

@@ -18,7 +18,6 @@ what differs from round to round on this machine, nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -41,9 +40,6 @@ from turbokv.doctor import cpu_name
 from turbokv.errors import TurbokvError
 
 F16 = CachePair("f16", "f16")
-LLAMA_BENCH_LOADS = re.compile(
-    r"llama-bench(\.exe)?|(lib)?(ggml.*|llama|llama-common|llama-bench-impl)\.(so|dylib|dll).*"
-)
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,7 @@ def n_ctx_train(model: Path) -> int | None:
 def settings(plan: Plan) -> dict[str, Any]:
     """What must be the same for samples to be summarized together. Only the number of rounds may change."""
     try:
-        stat, build = plan.model.stat(), build_id()
+        stat, build = plan.model.stat(), native.build_id()
     except OSError as error:
         raise TurbokvError(f"cannot read {error.filename}: {error.strerror}") from None
     return {
@@ -180,16 +176,6 @@ def settings(plan: Plan) -> dict[str, Any]:
         "depths": list(plan.depths),
         "seed": plan.seed,
     }
-
-
-def build_id() -> str:
-    """12 hex digits of the SHA-256 of llama-bench and the libraries that it loads: the overlay may change while the
-    commit of llama.cpp stays."""
-    tool = native.tool("llama-bench")
-    digest = hashlib.sha256()
-    for path in sorted(file for file in tool.parent.iterdir() if LLAMA_BENCH_LOADS.fullmatch(file.name)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def samples_path(json_file: Path) -> Path | None:
@@ -426,7 +412,7 @@ def records(run: Measurement) -> list[dict[str, Any]]:
     rounds             rounds that these numbers summarize: the finished ones of this cell
     samples            those rounds: `round` from 1, `pp` and `tg` in tokens/s
     error              why the cell was given up, and in which round; null if it was not
-    model, cpu, upstream_commit, build, seed    file name, CPU, llama.cpp, build_id(), --seed
+    model, cpu, upstream_commit, build, seed    file name, CPU, llama.cpp, native.build_id(), --seed
     OMP_WAIT_POLICY    as set in the environment, empty if it is not
     """
     out: list[dict[str, Any]] = []

@@ -1,0 +1,31 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_CACHES = "f16,q8_0,q4_0,turbo4,turbo3"
+
+ModelOption = Annotated[Path, typer.Option("--model", "-m", help="GGUF model.", show_default="the built-in mini model")]
+TextOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text", "-f", help="Text file, or `wikitext2` (downloaded and checked).", show_default="the built-in sample"
+    ),
+]
+CtxOption = Annotated[
+    int,
+    typer.Option(
+        "--ctx", "-c", help="Tokens per window; the second half of each is scored. Best the length that you will use."
+    ),
+]
+ChunksOption = Annotated[int, typer.Option("--chunks", help="Windows to measure; -1 means all that the text has.")]
+CacheOption = Annotated[
+    str, typer.Option("--cache", help="Comma-separated caches, each K/V or one type for both: `turbo4,q8_0/turbo3`.")
+]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", "-t", min=0, help="CPU threads; 0 means all cores of this process.")
+]
