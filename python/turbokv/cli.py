@@ -11,10 +11,12 @@ from turbokv import __version__
 from turbokv.commands import testbed
 from turbokv.commands.doctor import doctor
 from turbokv.commands.kld import kld, ppl
+from turbokv.commands.results import results
 from turbokv.commands.serve import PASSED_ON, serve
 from turbokv.commands.speed import speed
+from turbokv.commands.sweep import sweep
 from turbokv.commands.types import types
-from turbokv.errors import TurbokvError
+from turbokv.errors import FAILED, REFUSED, CacheRefused, TurbokvError
 from turbokv.terminal import err, out
 
 app = typer.Typer(
@@ -31,7 +33,7 @@ app = typer.Typer(
     `turbokv kld -m model.gguf` (what does each choice cost on my model?), `turbokv speed -m model.gguf` (how fast is
     it?), `turbokv serve -m model.gguf` (use it).""",
 )
-for command in (kld, ppl, speed, types, doctor):
+for command in (kld, ppl, speed, sweep, results, types, doctor):
     app.command()(command)
 app.command(context_settings=PASSED_ON)(serve)
 app.add_typer(testbed.app, name="testbed")
@@ -57,10 +59,10 @@ def main() -> None:
         app()
     except TurbokvError as error:
         err.print(f"turbokv: {error}", markup=False)
-        sys.exit(1)
+        sys.exit(REFUSED if isinstance(error, CacheRefused) else FAILED)
     except OSError as error:
         err.print(f"turbokv: {error.filename or 'input/output'}: {error.strerror}", markup=False)
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 if __name__ == "__main__":

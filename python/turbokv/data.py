@@ -20,10 +20,16 @@ DATA = PACKAGE / "data"
 MINI = DATA / "mini-q8_0.gguf"  # head_dim 128; model card in data/README.md
 BIAS = DATA / "bias-q8_0.gguf"  # head_dim 64
 SAMPLE = DATA / "sample.txt"
+BUILT_IN = {"mini": MINI, "bias": BIAS}
 
 WIKITEXT2_URL = "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip"
 WIKITEXT2_MEMBER = "wikitext-2-raw/wiki.test.raw"
 WIKITEXT2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"  # of the unpacked test text
+
+
+def model_path(name: str | Path) -> Path:
+    """The model for a -m argument: `mini` and `bias` are the built-in ones, all else is a file."""
+    return BUILT_IN.get(str(name), Path(name))
 
 
 def cache_dir() -> Path:

@@ -7,9 +7,17 @@ from typing import Annotated
 
 import typer
 
+from turbokv import data
+
 DEFAULT_CACHES = "f16,q8_0,q4_0,turbo4,turbo3"
 
-ModelOption = Annotated[Path, typer.Option("--model", "-m", help="GGUF model.", show_default="the built-in mini model")]
+ModelOption = Annotated[
+    Path,
+    typer.Option(
+        "--model", "-m", parser=data.model_path, metavar="FILE",
+        help="GGUF model; `mini` and `bias` are built in.", show_default="mini",
+    ),
+]  # fmt: skip
 TextOption = Annotated[
     str | None,
     typer.Option(

@@ -1,0 +1,169 @@
+"""What a sweep is to measure: a TOML file, or the flags of `turbokv sweep`.
+
+    models = ["mini", "model.gguf"]        # built-in names, or files as seen from where the command runs
+    caches = "f16,q8_0,turbo4,q8_0/turbo3" # or a list
+    threads = 0                            # 0: all cores of the process
+
+    [kld]                                  # a task that is not there is not measured
+    ctx = [512, 2048, 8192]
+    tokens = 8192                          # per context, at least one window
+    [needle]
+    [speed]
+    depths = [0, 2048]
+
+Everything but `models` and one task has a default. Unknown names are errors.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from turbokv import cache_type, data
+from turbokv.errors import TurbokvError
+from turbokv.fingerprint import text_fingerprint
+
+Call = tuple[tuple[str, ...], int]  # arguments of the command, and about how many tokens it computes with one cache
+Positive = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Task(Part):
+    """One table of the plan. Its calls are in the order of their size; a rung of the sweep has one of each task."""
+
+    name: ClassVar[str]
+    timed: ClassVar[bool] = False  # whether it measures time, which depends on the number of threads
+
+    def calls(self) -> list[Call]:
+        raise NotImplementedError
+
+    def text_fingerprint(self) -> str | None:
+        return None
+
+
+class OnText(Task):
+    """A task that reads a text: a file, `wikitext2`, or the built-in sample."""
+
+    text: str | None = None
+
+    def text_arguments(self) -> tuple[str, ...]:
+        return ("-f", self.text) if self.text else ()
+
+    def text_fingerprint(self) -> str | None:
+        return text_fingerprint(data.read_text(self.text))
+
+
+class Kld(OnText):
+    name: ClassVar[str] = "kld"
+    ctx: list[Annotated[int, Field(ge=16)]] = [512, 2048, 8192]
+    tokens: Positive = 8192
+    path: Literal["prefill", "decode"] = "prefill"
+
+    def calls(self) -> list[Call]:
+        return [self._call(ctx) for ctx in sorted(self.ctx)]
+
+    def _call(self, ctx: int) -> Call:
+        chunks = max(1, self.tokens // ctx)
+        path = ("--path", self.path) if self.path != "prefill" else ()
+        return (*self.text_arguments(), "-c", str(ctx), "--chunks", str(chunks), *path), ctx * chunks
+
+
+class Needle(OnText):
+    name: ClassVar[str] = "needle"
+    lengths: list[Positive] = [512, 1024, 2048]
+    depths: list[Annotated[float, Field(ge=0, le=100)]] = [0, 25, 50, 75, 100]
+    distractors: Positive = 4
+    seeds: Positive = 4
+    task: str = "single"
+    template: str = "plain"
+
+    def calls(self) -> list[Call]:
+        arguments = {
+            "--lengths": _list(self.lengths),
+            "--depths": _list(self.depths),
+            "--distractors": str(self.distractors),
+            "--seeds": str(self.seeds),
+            "--task": self.task,
+            "--template": self.template,
+        }
+        flat = tuple(item for pair in arguments.items() for item in pair)
+        groups = -(-len(self.depths) // (self.distractors + 1))
+        return [((*self.text_arguments(), *flat), 2 * sum(self.lengths) * self.seeds * groups)]
+
+
+class Speed(Task):
+    name: ClassVar[str] = "speed"
+    timed: ClassVar[bool] = True
+    depths: list[Whole] = [0, 2048]
+    rounds: Positive = 5
+    n_gen: Whole = 32
+    n_prompt: Whole = 512
+
+    def calls(self) -> list[Call]:
+        return [self._call(depth) for depth in sorted(self.depths)]
+
+    def _call(self, depth: int) -> Call:
+        sizes = ("--rounds", str(self.rounds), "--n-gen", str(self.n_gen), "--n-prompt", str(self.n_prompt))
+        return ("--depth", str(depth), *sizes), 2 * self.rounds * (depth + 2 * self.n_prompt + self.n_gen)
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Kld, Needle, Speed)}
+
+
+def _list(items: list[Any]) -> str:
+    return ",".join(f"{item:g}" for item in items)
+
+
+def _caches(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
+class Plan(Part):
+    models: Annotated[list[str], Field(min_length=1)]
+    caches: Annotated[list[str], BeforeValidator(_caches), Field(min_length=1)]
+    threads: Whole = 0
+    kld: Kld | None = None
+    needle: Needle | None = None
+    speed: Speed | None = None
+
+    def tasks(self) -> list[Task]:
+        return [task for task in (self.kld, self.needle, self.speed) if task]
+
+    def cache_names(self) -> list[str]:
+        """K/V, each once. Raises TurbokvError for unknown types."""
+        return list(dict.fromkeys(str(pair) for pair in cache_type.parse_pairs(",".join(self.caches))))
+
+
+def load(file: Path | None, flags: dict[str, Any]) -> Plan:
+    """The plan of a file with what the flags say instead; a flag for a task is a dict, and adds the task. Raises
+    TurbokvError that names what is wrong where."""
+    content: dict[str, Any] = {}
+    if file:
+        try:
+            content = tomllib.loads(file.read_text())
+        except FileNotFoundError:
+            raise TurbokvError(f"there is no plan at {file}") from None
+        except (OSError, ValueError) as error:
+            raise TurbokvError(f"cannot read {file}: {error}") from None
+    for key, value in flags.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            content[key] = content[key] | value
+        else:
+            content[key] = value
+    try:
+        plan = Plan.model_validate(content)
+    except ValidationError as error:
+        where = f"{file}: " if file else ""
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise TurbokvError(f"{where}{found}. See `turbokv sweep --help`") from None
+    if not plan.tasks():
+        raise TurbokvError(f"nothing to measure: name tasks ({', '.join(TASKS)}) with --task or as tables of the plan")
+    plan.cache_names()
+    return plan
