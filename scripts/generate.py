@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Writes everything that follows from python/turbokv/spec.py.
+"""Writes everything that follows from python/turbokv/spec.py, and the schema of results.
 
     scripts/generate.py            write the files
     scripts/generate.py --check    write nothing; exit 1 and name the files that differ
 
 Written: ggml-ext/generated/* (C tables, structs, prototypes, trait rows, name lists), tests/golden/*.bin (inputs, bytes
-and decoded values of every type), the type table in README.md and the hook table in docs/hooks.md. Needs numpy.
+and decoded values of every type), the type table in README.md and the hook table in docs/hooks.md; from record.py
+results/schema.json. Needs numpy and pydantic.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from importlib.machinery import PathFinder
@@ -24,6 +26,7 @@ sys.meta_path.insert(0, PathFinder)  # this tree's package, not that of an edita
 
 import apply_hooks  # noqa: E402
 from turbokv import codec, golden  # noqa: E402
+from turbokv.record import Record  # noqa: E402
 from turbokv.spec import (  # noqa: E402
     BY_NAME,
     FAMILIES,
@@ -240,6 +243,7 @@ def wanted() -> dict[str, bytes]:
     }
     files = {f"ggml-ext/generated/{name}": content.encode() for name, content in text.items()}
     files |= {f"tests/golden/{t.name}.bin": golden.build(t) for t in TYPES}
+    files["results/schema.json"] = (json.dumps(Record.model_json_schema(), indent=1) + "\n").encode()
     files["README.md"] = with_table("README.md", "types", type_table())
     files["docs/hooks.md"] = with_table("docs/hooks.md", "hooks", hook_table())
     return files
@@ -258,7 +262,7 @@ def main() -> int:
     ]
     if check:
         for path in differ + [str(p.relative_to(ROOT)) for p in stale]:
-            print(f"generate.py: {path} is not what spec.py says; run scripts/generate.py and commit the result")
+            print(f"generate.py: {path} is not what its source says; run scripts/generate.py and commit the result")
         return 1 if differ or stale else 0
 
     for path in differ:

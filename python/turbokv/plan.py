@@ -10,8 +10,9 @@
     [needle]
     [speed]
     depths = [0, 2048]
+    caches = "q8_0,turbo3"                 # instead of the caches above, for this task; `models` likewise
 
-Everything but `models` and one task has a default. Unknown names are errors.
+Everything but `models`, `caches` and one task has a default. Unknown names are errors.
 """
 
 from __future__ import annotations
@@ -35,11 +36,21 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _split(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
+Models = Annotated[list[str], Field(min_length=1)]
+Caches = Annotated[list[str], BeforeValidator(_split), Field(min_length=1)]
+
+
 class Task(Part):
     """One table of the plan. Its calls are in the order of their size; a rung of the sweep has one of each task."""
 
     name: ClassVar[str]
     timed: ClassVar[bool] = False  # whether it measures time, which depends on the number of threads
+    models: Models | None = None
+    caches: Caches | None = None
 
     def calls(self) -> list[Call]:
         raise NotImplementedError
@@ -121,13 +132,9 @@ def _list(items: list[Any]) -> str:
     return ",".join(f"{item:g}" for item in items)
 
 
-def _caches(value: object) -> object:
-    return value.split(",") if isinstance(value, str) else value
-
-
 class Plan(Part):
-    models: Annotated[list[str], Field(min_length=1)]
-    caches: Annotated[list[str], BeforeValidator(_caches), Field(min_length=1)]
+    models: Models
+    caches: Caches
     threads: Whole = 0
     kld: Kld | None = None
     needle: Needle | None = None
@@ -136,9 +143,12 @@ class Plan(Part):
     def tasks(self) -> list[Task]:
         return [task for task in (self.kld, self.needle, self.speed) if task]
 
-    def cache_names(self) -> list[str]:
+    def models_of(self, task: Task) -> list[str]:
+        return list(dict.fromkeys(task.models or self.models))
+
+    def caches_of(self, task: Task) -> list[str]:
         """K/V, each once. Raises TurbokvError for unknown types."""
-        return list(dict.fromkeys(str(pair) for pair in cache_type.parse_pairs(",".join(self.caches))))
+        return list(dict.fromkeys(map(str, cache_type.parse_pairs(",".join(task.caches or self.caches)))))
 
 
 def load(file: Path | None, flags: dict[str, Any]) -> Plan:
@@ -165,5 +175,6 @@ def load(file: Path | None, flags: dict[str, Any]) -> Plan:
         raise TurbokvError(f"{where}{found}. See `turbokv sweep --help`") from None
     if not plan.tasks():
         raise TurbokvError(f"nothing to measure: name tasks ({', '.join(TASKS)}) with --task or as tables of the plan")
-    plan.cache_names()
+    for task in plan.tasks():
+        plan.caches_of(task)  # unknown types are named now
     return plan

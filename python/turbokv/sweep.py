@@ -65,9 +65,11 @@ def cells(plan: Plan) -> list[Cell]:
     """All cells of a plan in the order in which they run: small contexts first, then by task, model and cache, so that
     a sweep that is stopped has compared all caches. Raises TurbokvError for models that are none."""
     found = []
-    for task, model in product(plan.tasks(), plan.models):
-        path, text = data.model_path(model), task.text_fingerprint()
-        for (rung, (arguments, tokens)), cache in product(enumerate(task.calls()), plan.cache_names()):
+    for task in plan.tasks():
+        text = task.text_fingerprint()
+        calls = product(plan.models_of(task), enumerate(task.calls()), plan.caches_of(task))
+        for model, (rung, (arguments, tokens)), cache in calls:
+            path = data.model_path(model)
             threads = ("-t", str(plan.threads)) if plan.threads else ()
             command = (task.name, "-m", model, *arguments, "--cache", cache, *threads)
             identity = _identity(task, path, cache, arguments, text, plan.threads)

@@ -122,6 +122,15 @@ def test_flags_replace_what_the_file_says_and_add_tasks(tmp_path: Path) -> None:
     assert [command.split()[1] for command in commands] == ["kld", "speed", "speed"]
 
 
+def test_a_task_may_have_models_and_caches_of_its_own() -> None:
+    found = cells("q8_0,turbo3", speed={"depths": [0], "caches": "q4_0", "models": ["bias"]})
+    assert [(cell.task, cell.model.name[:4], cell.cache) for cell in found] == [
+        ("kld", "mini", "q8_0/q8_0"),
+        ("kld", "mini", "turbo3/turbo3"),
+        ("speed", "bias", "q4_0/q4_0"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
