@@ -23,7 +23,7 @@ INK, MUTED, GRID, FRONT = "#1c2127", "#5a6470", "#e2e5e9", "#9aa3ad"
 # Okabe and Ito's palette, which all common kinds of colour vision tell apart; grey for what is upstream's.
 FAMILY_COLORS: dict[Family, str] = {"upstream": "#66707b", "turbo": "#0072b2", "tbq": "#009e73", "mixed": "#d55e00"}
 FAMILY_SHAPES: dict[Family, str] = {"upstream": "square", "turbo": "circle", "tbq": "triangle-up", "mixed": "diamond"}
-LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#b0568c", "#8a6d00")
+LINE_COLORS = ("#0072b2", "#c25500", "#00805d", "#b0568c", "#8a6d00")
 LINE_DASHES = ([1, 0], [7, 3], [2, 2], [9, 3, 2, 3], [4, 4])
 DARK = {  # what the page draws instead on a dark screen
     INK: "#e8eaed",
@@ -34,6 +34,8 @@ DARK = {  # what the page draws instead on a dark screen
     "#0072b2": "#56b4e9",
     "#009e73": "#2cc295",
     "#d55e00": "#ff9248",
+    "#c25500": "#ff9248",
+    "#00805d": "#2cc295",
     "#b0568c": "#e39ac4",
     "#8a6d00": "#e6c84c",
 }
@@ -72,6 +74,12 @@ def padded(values: list[float], length: float, pad: float) -> LogScale:
     return LogScale(low / factor, high * factor, length)
 
 
+def within(means: list[float], ends: list[float], factor: float) -> list[float]:
+    """The ends of intervals, no further out than `factor` times the means: one wide interval must not flatten all."""
+    low, high = min(means) / factor, max(means) * factor
+    return [min(max(end, low), high) for end in ends]
+
+
 def few_ticks(scale: LogScale) -> list[float]:
     """About 3 to 7 round numbers."""
     for steps in (
@@ -95,7 +103,7 @@ def pareto(group: Divergences, width: int, height: int) -> str:
     pad = 34.0
     x = padded([group.bytes_per_token(r) for r in results], width, pad)
     y_values = [mean_kld(r) for r in results]
-    y_values += [end for r in results for end in (interval(r) or ()) if end > 0]
+    y_values += within(y_values, [end for r in results for end in interval(r) or ()], 5)
     y = padded([*y_values, floor.mean_kld] if floor and floor.mean_kld else y_values, height, pad)
 
     places = apart([(x.at(group.bytes_per_token(r)), height - y.at(mean_kld(r))) for r in results])
@@ -107,7 +115,7 @@ def pareto(group: Divergences, width: int, height: int) -> str:
     rows, obstacles = [], []
     for r in results:
         ends = interval(r)
-        low, high = (max(end, y.low) for end in ends) if ends else (mean_kld(r),) * 2
+        low, high = (min(max(end, y.low), y.high) for end in ends) if ends else (mean_kld(r),) * 2
         size, left = group.bytes_per_token(r), px(r)[0]
         obstacles.append(Box(left - 2, height - y.at(high), left + 2, height - y.at(low)))
         rows.append(
@@ -174,7 +182,7 @@ def pareto(group: Divergences, width: int, height: int) -> str:
             .mark_text(align="left", dy=-8, color=MUTED, fontSize=11, aria=False)
             .encode(x_axis, y_axis, text="text:N"),
         ]
-    return svg(alt.layer(*layers).properties(width=width, height=height), f"KLD over bytes per token, {group.model}")
+    return svg(layers, width, height, f"KLD over bytes per token, {group.model}")
 
 
 def apart(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -196,7 +204,7 @@ class Panel:
     svg: str
 
 
-def speed_panels(group: Speeds, test: str, width: int = 290, height: int = 230) -> list[Panel]:
+def speed_panels(group: Speeds, test: str, width: int = 235, height: int = 220) -> list[Panel]:
     """SVGs: speed as a multiple of f16's over depth, one panel per family, all on the same axes.
 
     `test` is tg or pp. f16 is the line at 1.
@@ -207,13 +215,14 @@ def speed_panels(group: Speeds, test: str, width: int = 290, height: int = 230) 
         kept = [(depth, speed) for depth, speed in found if speed is not None and speed.ratio_f16 is not None]
         if kept and cache != "f16/f16":
             speeds[cache] = kept
-    values = [v for line in speeds.values() for _, s in line for v in (s.ratio_f16, *(s.ratio_ci95 or ())) if v]
-    if not values:
+    if not speeds:
         return []
-    y = padded([*values, 1.0], height, 16)
+    ratios = [1.0, *(speed.ratio_f16 or 1.0 for line in speeds.values() for _, speed in line)]
+    ends = [end for line in speeds.values() for _, speed in line for end in speed.ratio_ci95 or ()]
+    y = padded(ratios + within(ratios, ends, 2), height, 16)
     depths = sorted({depth for line in speeds.values() for depth, _ in line})
     span = max(depths[-1] - depths[0], 1)
-    x_low, x_high = depths[0] - 0.06 * span, depths[-1] + 0.46 * span  # labels stand right of the last point
+    x_low, x_high = depths[0] - 0.06 * span, depths[-1] + 0.62 * span  # labels stand right of the last point
     panels = []
     for name in FAMILIES:
         own = {cache: line for cache, line in speeds.items() if family(cache) == name}
@@ -232,13 +241,14 @@ def _speed_panel(
 ) -> str:
     names = list(lines)
     per_pixel = (x_domain[1] - x_domain[0]) / width
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, (cache, line) in enumerate(lines.items()):
         shift = (i - (len(lines) - 1) / 2) * 3 * per_pixel  # intervals of several caches stand side by side
         for depth, speed in line:
             assert speed.ratio_f16 is not None
             low, high = speed.ratio_ci95 or (speed.ratio_f16,) * 2
-            row = {"x": depth + shift, "y": speed.ratio_f16, "low": low, "high": high, "cache": cache}
+            shown = {"low": max(low, y.low), "high": min(high, y.high)}
+            row = {"x": depth + shift, "y": speed.ratio_f16, "cache": cache} | shown
             ends = f", 95 % CI {low:.2f}..{high:.2f}" if speed.ratio_ci95 else ""
             row["about"] = (
                 f"{short(cache)} at depth {depth:,}: {speed.ratio_f16:.2f} x f16{ends}, {speed.mean:.1f} tokens/s"
@@ -247,30 +257,38 @@ def _speed_panel(
     last = [[row for row in rows if row["cache"] == cache][-1] for cache in names]
     heights = labels.spread([height - y.at(row["y"]) for row in last], FONT_SIZE + 2, 8, height - 8)
     marks = [
-        {"x": row["x"] + 9 * per_pixel, "y": y.value(height - at), "text": short(row["cache"]), "cache": row["cache"]}
+        {
+            "x": depths[-1] + 14 * per_pixel,
+            "y": y.value(height - at),
+            "text": short(row["cache"]),
+            "cache": row["cache"],
+        }
         for row, at in zip(last, heights, strict=True)
     ]
     x_axis = alt.X("x:Q").scale(domain=list(x_domain), nice=False, zero=False)
     x_axis = x_axis.axis(values=depths, format=",d", grid=False).title("tokens in the cache")
-    ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20) if y.low <= tick <= y.high]
+    ticks = y.ticks((1, 1.5, 2, 3, 4, 5, 7)) if y.high / y.low < 40 else y.ticks((1,))
     y_axis = alt.Y("y:Q").scale(type="log", domain=[y.low, y.high], nice=False)
     y_axis = y_axis.axis(values=ticks, format="~g").title(SPEED_TITLE)
     count = range(len(names))
     scale = alt.Scale(domain=names, range=[LINE_COLORS[i % len(LINE_COLORS)] for i in count])
     dashes = alt.Scale(domain=names, range=[LINE_DASHES[i % len(LINE_DASHES)] for i in count])
     colour = alt.Color("cache:N").scale(scale).legend(None)
+    dash = alt.StrokeDash("cache:N").scale(dashes).legend(None)
     layers = [
         chart([{"y": 1.0}]).mark_rule(color=MUTED, strokeWidth=1.5, aria=False).encode(y=y_axis),
-        chart(rows).mark_line(strokeWidth=2, aria=False).encode(
-            x_axis, y_axis, color=colour, strokeDash=alt.StrokeDash("cache:N").scale(dashes).legend(None)
-        ),
-        chart(rows).mark_rule(strokeWidth=1.4, aria=False).encode(x_axis, alt.Y("low:Q").title(SPEED_TITLE), y2="high:Q", color=colour),
-        chart(rows).mark_point(size=42, filled=True, opacity=1).encode(x_axis, y_axis, color=colour, description="about:N"),
-        chart(marks).mark_text(align="left", fontSize=FONT_SIZE, baseline="middle", color=INK, aria=False).encode(
-            x_axis, y_axis, text="text:N"
-        ),
-    ]  # fmt: skip
-    return svg(alt.layer(*layers).properties(width=width, height=height), "speed over depth")
+        chart(rows).mark_line(strokeWidth=2, aria=False).encode(x_axis, y_axis, color=colour, strokeDash=dash),
+        chart(rows)
+        .mark_rule(strokeWidth=1.4, aria=False)
+        .encode(x_axis, alt.Y("low:Q").title(SPEED_TITLE), y2="high:Q", color=colour),
+        chart(rows)
+        .mark_point(size=42, filled=True, opacity=1)
+        .encode(x_axis, y_axis, color=colour, description="about:N"),
+        chart(marks)
+        .mark_text(align="left", fontSize=FONT_SIZE, baseline="middle", aria=False)
+        .encode(x_axis, y_axis, text="text:N", color=colour),
+    ]
+    return svg(layers, width, height, "speed over depth")
 
 
 def significant(value: float) -> str:
@@ -282,11 +300,11 @@ def significant(value: float) -> str:
 
 
 def chart(rows: list[dict[str, Any]]) -> alt.Chart:
-    return alt.Chart(alt.Data(values=rows))
+    return alt.Chart(alt.InlineData(values=rows))
 
 
-def svg(layered: alt.LayerChart, description: str) -> str:
-    """Draws a chart. The size is left to the page: the SVG has a viewBox only."""
+def svg(layers: list[Any], width: int, height: int, description: str) -> str:
+    """Draws a chart with a frame of that size. The page decides how large it is shown."""
     axis = {
         "labelFontSize": 11,
         "titleFontSize": 12,
@@ -298,8 +316,10 @@ def svg(layered: alt.LayerChart, description: str) -> str:
         "tickColor": FRONT,
         "labelOverlap": True,
     }
-    spec = layered.configure(background="transparent", font="sans-serif", padding=4).configure_view(stroke=None)
-    spec = spec.configure_axis(**axis).properties(description=description)
+    spec = (
+        alt.layer(*layers).configure(background="transparent", font="sans-serif", padding=4).configure_view(stroke=None)
+    )
+    spec = spec.configure_axis(**axis).properties(width=width, height=height, description=description)
     drawn = vl_convert.vegalite_to_svg(
         spec.to_dict(), vl_version=alt.SCHEMA_VERSION.rsplit(".", 1)[0].removeprefix("v")
     )

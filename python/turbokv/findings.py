@@ -7,7 +7,7 @@ terms (another build, another machine) the last one counts; `Findings.replaced` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, TypeVar
@@ -55,6 +55,7 @@ class Group:
 
     model: str
     title: str  # what they have in common, e.g. `ctx 2048, 8 windows of sample.txt`
+    cell: str  # that much of the title as other models, machines and runs share: what a gap is counted by
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,11 @@ class Memory(Group):
 
 @dataclass(frozen=True)
 class Gap:
-    """Caches that are not there in one group although they are in others."""
+    """Caches that are not there under conditions under which others are."""
 
     kind: str
     model: str
-    title: str
+    cell: str
     caches: tuple[str, ...]
 
 
@@ -220,7 +221,7 @@ def find(records: list[record.Record]) -> Findings:
         ]
 
     divergences = [
-        Divergences(model, _kld_title(results[0]), results[0].ctx, results[0].kind == "kld", tuple(results))
+        Divergences(model, *_kld_titles(results[0]), results[0].ctx, results[0].kind == "kld", tuple(results))
         for (model, _), results in grouped(
             record.KldResult,
             lambda _, r: (r.kind != "kld", r.path != "prefill", r.text.name, r.text.sha256, r.ctx, r.chunks),
@@ -228,7 +229,7 @@ def find(records: list[record.Record]) -> Findings:
         )
     ]
     needles = [
-        Needles(model, _needle_title(results[0]), tuple(results))
+        Needles(model, _needle_title(results[0]), results[0].task, tuple(results))
         for (model, _), results in grouped(
             record.NeedleResult,
             lambda _, r: (
@@ -247,9 +248,9 @@ def find(records: list[record.Record]) -> Findings:
         by_cache: dict[str, dict[int, record.SpeedResult]] = {}
         for result in results:
             by_cache.setdefault(result.cache, {})[result.depth] = result
-        speeds.append(Speeds(model, _speed_title(results[0]), by_cache))
+        speeds.append(Speeds(model, *_speed_titles(results[0]), by_cache))
     servers = [
-        Servers(model, _server_title(results[0]), tuple(sorted(results, key=lambda r: r.parallel)))
+        Servers(model, *_server_titles(results[0]), tuple(sorted(results, key=lambda r: r.parallel)))
         for (model, _), results in grouped(
             record.ServerResult,
             lambda item, r: (item.environment.cpu, item.environment.gpu or "", r.threads, r.n_prompt, r.n_gen),
@@ -258,9 +259,8 @@ def find(records: list[record.Record]) -> Findings:
     ]
     failures = _failures(records, labels)
     gaps, expected = _gaps(models, divergences, needles, speeds, servers, failures, rank)
-    lists: list[Sequence[Measured]] = [group.results for group in (*divergences, *needles, *servers)]
-    lists += [list(by_depth.values()) for group in speeds for by_depth in group.results.values()]
-    kept = sum(map(len, lists))
+    kept = sum(len(d.results) for d in divergences) + sum(len(n.results) for n in needles)
+    kept += sum(len(s.results) for s in servers) + sum(len(found) for s in speeds for found in s.results.values())
     return Findings(
         records=tuple(records),
         models=models,
@@ -304,9 +304,9 @@ def plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
-def _kld_title(result: record.KldResult) -> str:
-    path = ", token by token" * (result.path == "decode")
-    return f"ctx {result.ctx}, {plural(result.chunks, 'window')} of {result.text.name}{path}"
+def _kld_titles(result: record.KldResult) -> tuple[str, str]:
+    text = f"of {result.text.name}" + ", token by token" * (result.path == "decode")
+    return f"ctx {result.ctx}, {plural(result.chunks, 'window')} {text}", f"ctx {result.ctx} {text}"
 
 
 def _needle_title(result: record.NeedleResult) -> str:
@@ -314,12 +314,15 @@ def _needle_title(result: record.NeedleResult) -> str:
     return f"{result.task}, {plural(trials, 'trial')}, {plural(result.distractors, 'distractor')}"
 
 
-def _speed_title(result: record.SpeedResult) -> str:
-    return f"{result.cpu}, {plural(result.threads, 'thread')}"
+def _speed_titles(result: record.SpeedResult) -> tuple[str, str]:
+    tokens = f"{result.n_prompt:,} prompt and {result.n_gen:,} generated tokens"
+    threads = f"{plural(result.threads, 'thread')}, OMP_WAIT_POLICY={result.OMP_WAIT_POLICY}"
+    return f"{tokens}, {result.cpu}, {threads}", tokens
 
 
-def _server_title(result: record.ServerResult) -> str:
-    return f"{result.n_prompt:,} prompt and {result.n_gen:,} generated tokens, {plural(result.threads, 'thread')}"
+def _server_titles(result: record.ServerResult) -> tuple[str, str]:
+    tokens = f"{result.n_prompt:,} prompt and {result.n_gen:,} generated tokens"
+    return f"{tokens}, {plural(result.threads, 'thread')}", tokens
 
 
 def _failures(records: list[record.Record], labels: dict[record.Model, str]) -> list[Failure]:
@@ -347,18 +350,18 @@ def _gaps(
 
     f16 is the reference of every run, so that it is never missing.
     """
-    cells: set[tuple[str, str, str, str]] = set()  # kind, model, title, cache
+    cells: set[tuple[str, str, str, str]] = set()  # kind, model, conditions, cache
     for group in divergences:
-        cells |= {(r.kind, group.model, group.title, r.requested) for r in group.results}
-    cells |= {("needle", group.model, group.title, r.requested) for group in needles for r in group.results}
+        cells |= {(r.kind, group.model, group.cell, r.requested) for r in group.results}
+    cells |= {("needle", group.model, group.cell, r.requested) for group in needles for r in group.results}
     cells |= {
-        ("speed", group.model, f"{group.title}, depth {depth}", cache)
+        ("speed", group.model, f"{group.cell}, depth {depth}", cache)
         for group in speeds
         for cache, by_depth in group.results.items()
         for depth in by_depth
     }
     cells |= {
-        ("server", group.model, f"{group.title}, {r.parallel} parallel", r.requested)
+        ("server", group.model, f"{group.cell}, {r.parallel} parallel", r.requested)
         for group in servers
         for r in group.results
     }
@@ -401,4 +404,6 @@ def _memory(model: str, divergences: list[Divergences], speeds: list[Speeds]) ->
                 row = MemoryRow(r.requested, r.cache, size, f16 / size if f16 else None, peaks.get(r.requested))
                 longest[r.requested] = (r.ctx, row)
     rows = [row for _, row in longest.values()]
-    return Memory(model, f"{depth:,} tokens", tuple(sorted(rows, key=lambda row: (-row.bytes_per_token, row.cache))))
+    return Memory(
+        model, f"{depth:,} tokens", "", tuple(sorted(rows, key=lambda row: (-row.bytes_per_token, row.cache)))
+    )

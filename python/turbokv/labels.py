@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 CHARACTER = 0.56  # mean width of a character in units of the font size, for common sans-serif fonts
 POINT_RADIUS = 6.0  # pixels kept free about a point
@@ -56,6 +57,8 @@ def place(
         width, height = CHARACTER * font_size * len(texts[i]) + 4, font_size + 3
         best: tuple[float, Box, Label] | None = None
         for distance in DISTANCES:
+            if best is not None and best[0] <= distance / 2:  # farther places cost more
+                break
             for angle in DIRECTIONS:
                 dx, dy = math.cos(angle), math.sin(angle)
                 # The label's nearest edge is `distance` away; its centre half its size further.
@@ -77,7 +80,7 @@ def spread(positions: list[float], gap: float, low: float, high: float) -> list[
     """Positions at least `gap` apart, each moved as little as a sweep needs, within low..high if they fit."""
     order = sorted(range(len(positions)), key=positions.__getitem__)
     moved = list(positions)
-    for before, i in zip(order, order[1:], strict=False):
+    for before, i in pairwise(order):
         moved[i] = max(moved[i], moved[before] + gap)
     limit = high
     for i in reversed(order):

@@ -26,8 +26,8 @@ TEMPLATES = PACKAGE / "templates"
 GLOSSARY = (
     ("KLD", "Kullback-Leibler divergence of the next-token distribution from the one with an f16 cache, in nats, "
      "averaged over the scored tokens: how far the predictions move, whatever the true next token is."),
-    ("95 % CI", "The interval that the mean would mostly lie in if other text were measured; caches whose intervals "
-     "overlap are not told apart by this measurement."),
+    ("95 % CI", "A range that holds the mean over all such text, or all such rounds, in 95 of 100 measurements; caches "
+     "whose intervals overlap are not told apart."),
     ("trimmed, median, 99.9 %", "The KLD without its extremes, of the middle token, and what one token in a thousand "
      "exceeds: a small mean with a large 99.9 % is rare but heavy damage."),
     ("same top", "Share of tokens where the most likely next token is the one that f16 would give; greedy decoding "
@@ -71,6 +71,8 @@ def current(records: list[record.Record]) -> Findings:
 
 def page(records: list[record.Record]) -> str:
     """The report as HTML."""
+    from altair.utils.schemapi import debug_mode
+
     from turbokv import figures  # altair takes most of a second to import
 
     found = current(records)
@@ -83,32 +85,39 @@ def page(records: list[record.Record]) -> str:
         lstrip_blocks=True,
     )
     environment.globals["zip"] = zip
-    environment.filters |= {"short": short, "family": family, "plural": plural, "listed": listed}
-    return environment.get_template("report.html").render(
-        found=found,
-        title=title(found),
-        measured=measured(found),
-        warnings=warnings(found),
-        summaries=summaries(found),
-        headlines={model: found.headline(model) for model in found.models},
-        tables=tables,
-        figures=figures,
-        heat_maps=heat_maps,
-        environments=counted(found, "environment"),
-        builds=counted(found, "build"),
-        model_files=counted(found, "model"),
-        commands=commands(found),
-        glossary=GLOSSARY,
-        dark=figures.DARK,
-        panel_labels=panel_labels,
-        style=(TEMPLATES / "report.css").read_text(),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
+    environment.filters |= {"short": short, "family": family, "plural": plural, "listed": listed, "unbroken": unbroken}
+    # The charts' schema is checked by the tests; checking it here takes half of the time.
+    with debug_mode(False):
+        return environment.get_template("report.html").render(
+            found=found,
+            title=title(found),
+            measured=measured(found),
+            warnings=warnings(found),
+            summaries=summaries(found),
+            headlines={model: found.headline(model) for model in found.models},
+            tables=tables,
+            figures=figures,
+            heat_maps=heat_maps,
+            environments=counted(found, "environment"),
+            builds=counted(found, "build"),
+            model_files=counted(found, "model"),
+            commands=commands(found),
+            glossary=GLOSSARY,
+            dark=figures.DARK,
+            panel_labels=panel_labels,
+            style=(TEMPLATES / "report.css").read_text(),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
 
 
 def title(found: Findings) -> str:
     return f"KV caches of {listed([model.removesuffix('.gguf') for model in found.models])}"
+
+
+def unbroken(text: str) -> str:
+    """Keeps numbers and their percent sign on one line."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def measured(found: Findings) -> str:
@@ -223,7 +232,7 @@ def markdown(records: list[record.Record]) -> str:
             parts += [f"{plain(model)}, {plain(text)}:", table.markdown().rstrip()]
     if found.gaps or found.failures:
         lines = [
-            f"- {gap.kind}, {plain(gap.model)}, {plain(gap.title)}: not measured: {', '.join(map(short, gap.caches))}"
+            f"- {gap.kind}, {plain(gap.model)}, {plain(gap.cell)}: not measured: {', '.join(map(short, gap.caches))}"
             for gap in found.gaps
         ]
         lines += [

@@ -18,7 +18,8 @@ from turbokv.findings import (
     short,
 )
 
-NONE = "–"
+NONE = "\N{EN DASH}"
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def number(value: float | None, digits: int, *, sign: bool = False) -> str:
         return NONE
     value = round(value, digits) or 0.0  # no -0.00
     text = f"{value:{'+' if sign and value else ''},.{digits}f}"
-    return text.replace("-", "−")
+    return text.replace("-", MINUS)
 
 
 def ends(ci: record.Interval | None, digits: int, *, sign: bool = False) -> str:
@@ -212,10 +213,10 @@ SPEED_ABOUT = {
 
 
 def times(ratio: float | None, ci: record.Interval | None) -> str:
-    """`3.70 × (3.10..4.30)`; empty without a ratio."""
+    """`3.70 x (3.10..4.30)`; empty without a ratio."""
     if ratio is None:
         return ""
-    return f"{ratio:.2f} ×" + (f" ({ends(ci, 2)})" if ci and ci != (ratio, ratio) else "")
+    return f"{ratio:.2f} {TIMES}" + (f" ({ends(ci, 2)})" if ci and ci != (ratio, ratio) else "")
 
 
 def _speed_cell(speed: record.Speed | None) -> Cell:
@@ -291,7 +292,8 @@ def compact(found: Findings) -> dict[str, Table]:
         digits = decimals([r.kld.mean for group in kld for r in group.results if r.kld], 3)
         columns: dict[str, dict[str, Cell]] = {"bits K/V": {}}
         for group in kld:
-            column = columns.setdefault(_unused(heading(group.model, f"ctx {group.ctx}"), columns, group.title), {})
+            title = heading(group.model, f"ctx {group.ctx}")
+            column = columns.setdefault(title if title not in columns else heading(group.model, group.title), {})
             for r in group.results:
                 columns["bits K/V"].setdefault(r.requested, Cell(f"{r.bits_k:g}/{r.bits_v:g}"))
                 column[r.requested] = value_cell(r.kld.mean if r.kld else None, digits, r.kld.ci95 if r.kld else None)
@@ -299,8 +301,9 @@ def compact(found: Findings) -> dict[str, Table]:
     if found.needles:
         columns = {}
         for needle in found.needles:
-            right = columns.setdefault(_unused(heading(needle.model, "right"), columns, needle.title), {})
-            delta = columns.setdefault(_unused(heading(needle.model, "delta margin"), columns, needle.title), {})
+            task = f"{needle.cell} " * (len({other.title for other in found.needles}) > 1)
+            right = columns.setdefault(heading(needle.model, f"{task}right"), {})
+            delta = columns.setdefault(heading(needle.model, f"{task}delta margin"), {})
             right[F16] = percent(needle.results[0].accuracy_f16, 1)
             for n in needle.results:
                 right[n.requested] = percent(n.accuracy.mean, 1)
@@ -317,7 +320,7 @@ def compact(found: Findings) -> dict[str, Table]:
                         column[cache] = _speed_cell(measured)
                 if column:
                     title = heading(speed.model, f"{name} at {depth:,}")
-                    columns[_unused(title, columns, speed.title)] = column
+                    columns[title if title not in columns else f"{title}, {speed.title}"] = column
         if columns:
             tables[f"speed_{test}"] = _crossed(columns)
     sizes = {
@@ -337,11 +340,6 @@ def compact(found: Findings) -> dict[str, Table]:
                 )
         tables["server"] = _crossed(columns)
     return tables
-
-
-def _unused(title: str, taken: dict[str, dict[str, Cell]], longer: str) -> str:
-    """The title, or a longer one where it stands for something else already."""
-    return f"{title}, {longer}" if title in taken else title
 
 
 def _crossed(columns: dict[str, dict[str, Cell]]) -> Table:

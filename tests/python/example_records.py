@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, Literal
 
 from turbokv.record import (
     Build,
@@ -77,7 +78,7 @@ def kv_bytes(cache: str, tokens: int, model: str) -> int:
     return round(LAYERS * KV_HEADS * head * tokens * (k + v) / 8)
 
 
-def described(cache: str, tokens: int, model: str) -> dict[str, object]:
+def described(cache: str, tokens: int, model: str) -> dict[str, Any]:
     """The fields of record.Cache."""
     head = HEADS.get(model, 128)
     k, v = (effective(name, head) for name in split(cache))
@@ -117,7 +118,9 @@ def divergence(mean: float, rng: random.Random) -> Divergence:
     )
 
 
-def kld(cache: str, ctx: int, model: str = MINI, *, chunks: int = 8, path: str = "prefill") -> KldResult:
+def kld(
+    cache: str, ctx: int, model: str = MINI, *, chunks: int = 8, path: Literal["prefill", "decode"] = "prefill"
+) -> KldResult:
     rng = noise("kld", cache, ctx, model, path)
     mean = loss(cache, model) * rng.uniform(0.92, 1.08) * (ctx / 2048) ** 0.08
     ppl_f16 = 15.1 * (ctx / 2048) ** -0.05
