@@ -98,13 +98,16 @@ def few_ticks(scale: LogScale) -> list[float]:
 def pareto(group: Divergences, width: int, height: int) -> str:
     """SVG: KLD over bytes per token, both logarithmic, with 95 % intervals, the front and a label per cache."""
     results = group.plotted()
-    floor = group.floor()
     front = group.front()
     pad = 34.0
     x = padded([group.bytes_per_token(r) for r in results], width, pad)
     y_values = [mean_kld(r) for r in results]
     y_values += within(y_values, [end for r in results for end in interval(r) or ()], 5)
-    y = padded([*y_values, floor.mean_kld] if floor and floor.mean_kld else y_values, height, pad)
+    measured = group.floor()
+    floor = measured.mean_kld if measured and measured.mean_kld else None
+    if floor and floor < min(y_values) / 30:  # so far below everything that it would only take room
+        floor = None
+    y = padded([*y_values, *([floor] if floor else [])], height, pad)
 
     places = apart([(x.at(group.bytes_per_token(r)), height - y.at(mean_kld(r))) for r in results])
     position = {r.requested: place for r, place in zip(results, places, strict=True)}
@@ -137,15 +140,15 @@ def pareto(group: Divergences, width: int, height: int) -> str:
     for (left, top), (right, bottom) in zip(corners, [*corners[1:], (float(width), corners[-1][1])], strict=True):
         obstacles.append(Box(left, top - 1, right, top + 1))
         obstacles.append(Box(right - 1, top, right + 1, bottom))
-    if floor and floor.mean_kld:
-        level = height - y.at(floor.mean_kld)
+    if floor:
+        level = height - y.at(floor)
         obstacles += [Box(0, level - 1, width, level + 1), Box(0, level - 16, 130, level)]
 
     texts = [short(r.requested) for r in results]
     beside = labels.place(places, texts, obstacles, Box(0, 0, width, height), FONT_SIZE)
     marks = [
-        {"x": x.value(place.x), "y": y.value(height - place.y), "text": text, "ours": family(r.requested) != "upstream"}
-        for place, text, r in zip(beside, texts, results, strict=True)
+        {"x": x.value(place.x), "y": y.value(height - place.y), "text": text}
+        for place, text in zip(beside, texts, strict=True)
     ]
     leaders = [
         {**row, "x2": x.value(place.leader[0]), "y2": y.value(height - place.leader[1])}
@@ -174,8 +177,8 @@ def pareto(group: Divergences, width: int, height: int) -> str:
         .mark_text(fontSize=FONT_SIZE, color=INK, baseline="middle", aria=False)
         .encode(x_axis, y_axis, text="text:N"),
     ]
-    if floor and floor.mean_kld:
-        line = [{"x": x.value(4), "y": floor.mean_kld, "text": "noise floor: rounding"}]
+    if floor:
+        line = [{"x": x.value(4), "y": floor, "text": "noise floor: rounding"}]
         layers += [
             chart(line).mark_rule(strokeDash=[3, 3], color=MUTED, aria=False).encode(y=y_axis),
             chart(line)

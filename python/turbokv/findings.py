@@ -101,7 +101,9 @@ class Divergences(Group):
         ]
 
     def floor(self) -> record.NoiseFloor | None:
-        return next((r.noise_floor for r in self.results if r.noise_floor and r.noise_floor.mean_kld), None)
+        """The noise floor, where it was measured and is not 0."""
+        floors = [r.noise_floor for r in self.results if r.noise_floor]
+        return next((floor for floor in floors if floor.mean_kld is not None and floor.mean_kld > 0), None)
 
 
 def mean_kld(result: record.KldResult) -> float:
