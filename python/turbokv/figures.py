@@ -18,6 +18,7 @@ import vl_convert
 from turbokv import labels, record
 from turbokv.findings import FAMILIES, Divergences, Family, Speeds, family, interval, mean_kld, short
 from turbokv.labels import Box
+from turbokv.tables import significant
 
 INK, MUTED, GRID, FRONT = "#1c2127", "#5a6470", "#e2e5e9", "#9aa3ad"
 # Okabe and Ito's palette, which all common kinds of colour vision tell apart; grey for what is upstream's.
@@ -251,7 +252,7 @@ def _speed_panel(
             assert speed.ratio_f16 is not None
             low, high = speed.ratio_ci95 or (speed.ratio_f16,) * 2
             shown = {"low": max(low, y.low), "high": min(high, y.high)}
-            row = {"x": depth + shift, "y": speed.ratio_f16, "cache": cache} | shown
+            row = {"x": depth + shift, "y": speed.ratio_f16, "cache": cache, "depth": depth} | shown
             ends = f", 95 % CI {low:.2f}..{high:.2f}" if speed.ratio_ci95 else ""
             row["about"] = (
                 f"{short(cache)} at depth {depth:,}: {speed.ratio_f16:.2f} x f16{ends}, {speed.mean:.1f} tokens/s"
@@ -261,7 +262,7 @@ def _speed_panel(
     heights = labels.spread([height - y.at(row["y"]) for row in last], FONT_SIZE + 2, 8, height - 8)
     marks = [
         {
-            "x": depths[-1] + 14 * per_pixel,
+            "x": row["depth"] + 14 * per_pixel,
             "y": y.value(height - at),
             "text": short(row["cache"]),
             "cache": row["cache"],
@@ -292,14 +293,6 @@ def _speed_panel(
         .encode(x_axis, y_axis, text="text:N", color=colour),
     ]
     return svg(layers, width, height, "speed over depth")
-
-
-def significant(value: float) -> str:
-    """Two significant digits, without an exponent."""
-    if value == 0:
-        return "0"
-    digits = max(0, 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{digits}f}"
 
 
 def chart(rows: list[dict[str, Any]]) -> alt.Chart:

@@ -78,7 +78,7 @@ def page(records: list[record.Record]) -> str:
     found = current(records)
     script = (TEMPLATES / "report.js").read_text()
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader(str(TEMPLATES)),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -271,7 +271,8 @@ def _floor(group: Divergences) -> str:
 def _summary_markdown(item: Summary) -> str:
     lines = [f"### {plain(item.model)}"]
     if item.choices:
-        lines.append(f"On the Pareto front ({plain(item.title)}), smallest first:")
+        what = "On the Pareto front, smallest first" if item.compared > 1 else "The only cache measured beside f16"
+        lines.append(f"{what} ({plain(item.title)}):")
         lines.append("\n".join(f"- **{plain(choice.cache)}**: {plain(choice.text)}" for choice in item.choices))
     lines += [plain(text) for text in item.sentences]
     return "\n\n".join(lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from turbokv import record
-from turbokv.figures import significant
 from turbokv.findings import (
     F16,
     Divergences,
@@ -19,7 +18,7 @@ from turbokv.findings import (
     plural,
     short,
 )
-from turbokv.tables import ends
+from turbokv.tables import ends, significant
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Choice:
 class Summary:
     model: str
     title: str  # the comparison that the front is from; empty without one
+    compared: int  # caches in it, f16 left out
     choices: tuple[Choice, ...]
     sentences: tuple[str, ...]
 
@@ -50,7 +50,15 @@ def summaries(found: Findings) -> list[Summary]:
         sentences += [text for group in found.needles if group.model == model for text in _needle(group)]
         sentences += [text for group in found.speeds if group.model == model for text in _speed(group)]
         choices = _choices(headline, found) if headline else ()
-        result.append(Summary(model, headline.title if headline else "", choices, tuple(sentences)))
+        result.append(
+            Summary(
+                model,
+                headline.title if headline else "",
+                len(headline.plotted()) if headline else 0,
+                choices,
+                tuple(sentences),
+            )
+        )
     return result
 
 

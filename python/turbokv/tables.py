@@ -79,6 +79,14 @@ def ends(ci: record.Interval | None, digits: int, *, sign: bool = False) -> str:
     return f"{number(ci[0], digits, sign=sign)}..{number(ci[1], digits, sign=sign)}" if ci and any(ci) else ""
 
 
+def significant(value: float) -> str:
+    """Two significant digits, without an exponent."""
+    if value == 0:
+        return "0"
+    digits = max(0, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}"
+
+
 def value_cell(value: float | None, digits: int, ci: record.Interval | None = None, *, sign: bool = False) -> Cell:
     return Cell(number(value, digits, sign=sign), ends(ci, digits, sign=sign) if value is not None else "", value)
 

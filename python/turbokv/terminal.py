@@ -42,6 +42,16 @@ def deliver(tables: list[Table], content: str, json_file: Path | None) -> None:
         raise failure
 
 
+def write_out(text: str) -> None:
+    """Writes a whole text to stdout. Raises TurbokvError."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes it again at exit
+        raise TurbokvError(f"the output could not be printed: {error.strerror}") from error
+
+
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on a terminal, a line per pass in a log; yields what to call with the name of each finished pass."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import example_records as examples
 import pytest
-from test_cli import Run, check_refused, turbokv
+from test_cli import COMMAND, Run, check_refused, turbokv
 from turbokv import findings, report
 from turbokv.errors import TurbokvError
 from turbokv.record import Environment, KldResult, Record, Result, SpeedResult
@@ -354,6 +355,14 @@ def test_command_prints_markdown_or_writes_it(tmp_path: Path) -> None:
     written = turbokv("report", runs, "--markdown", "-o", tmp_path / "report.md")
     assert written.stdout == ""
     assert (tmp_path / "report.md").read_text() == printed.stdout
+
+
+def test_command_says_that_stdout_is_full(tmp_path: Path) -> None:
+    runs = examples.write(tmp_path / "runs.jsonl", small()[:6])
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run([COMMAND, "report", runs, "--markdown"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 1
+    assert run.stderr == "turbokv: the output could not be printed: No space left on device\n"
 
 
 @pytest.mark.parametrize("content", ["", '{"schema_version": 1}\n', "not json\n"])

@@ -114,6 +114,20 @@ def test_tabs_show_one_context_each(browser: Browser, page: Path) -> None:
     assert browser.evaluate(pressed) == "ctx 512"
 
 
+def test_points_say_what_they_are(browser: Browser, page: Path) -> None:
+    browser.open(page, 1280)
+    where = "(b => [b.x + b.width / 2, b.y + b.height / 2])"
+    point = "document.querySelector('.panel:not(.hidden) .wide svg [aria-roledescription=point]')"
+    browser.evaluate(f"{point}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+    x, y = browser.evaluate(f"{where}({point}.getBoundingClientRect())")
+    browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    tip = browser.evaluate(
+        "document.querySelector('.tip').checkVisibility() && document.querySelector('.tip').innerText"
+    )
+    assert "bytes per token, KLD" in tip
+    assert tip == browser.evaluate(f"{point}.getAttribute('aria-label')")
+
+
 def test_names_from_records_do_not_run(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(report.page(examples.sweep([EVIL], ("f16", "q4_0", "turbo3"), (512,), (0,))))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from turbokv import data, store
+from turbokv import data
 from turbokv.errors import TurbokvError
-from turbokv.terminal import err
+from turbokv.terminal import err, write_out
 
 ResultsArgument = Annotated[Path, typer.Argument(help="A runs.jsonl, or the folder that holds one.")]
 OutputOption = Annotated[
@@ -30,7 +29,8 @@ def report(results: ResultsArgument, output: OutputOption = None, markdown: Mark
 
     Example: `turbokv report results -o report.html`
     """
-    from turbokv import report as reporting  # jinja2 and pydantic's validators are slow to import
+    from turbokv import report as reporting  # jinja2 and pydantic are slow to import
+    from turbokv import store
 
     target = output or (Path("-") if markdown else Path("report.html"))
     to_stdout = target == Path("-")
@@ -42,8 +42,7 @@ def report(results: ResultsArgument, output: OutputOption = None, markdown: Mark
     except TurbokvError as error:
         raise TurbokvError(f"no report of {results}: {error}") from error
     if to_stdout:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        write_out(text)
         return
     data.write_atomically(target, text.encode())
     err.print(f"{target}: {len(text.encode()) / 1e3:,.0f} kB", markup=False)
