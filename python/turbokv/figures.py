@@ -316,9 +316,10 @@ def svg(layers: list[Any], width: int, height: int, description: str) -> str:
         alt.layer(*layers).configure(background="transparent", font="sans-serif", padding=4).configure_view(stroke=None)
     )
     spec = spec.configure_axis(**axis).properties(width=width, height=height, description=description)
-    drawn = vl_convert.vegalite_to_svg(
-        spec.to_dict(), vl_version=alt.SCHEMA_VERSION.rsplit(".", 1)[0].removeprefix("v")
-    )
+    version: str | None = alt.SCHEMA_VERSION.rsplit(".", 1)[0].removeprefix("v")
+    if version not in vl_convert.get_vegalite_versions():
+        version = None  # vl-convert's newest: these charts use nothing that is new
+    drawn = vl_convert.vegalite_to_svg(spec.to_dict(), vl_version=version)
     head, rest = drawn.split(">", 1)
     box = re.search(r'viewBox="([^"]+)"', head)
     assert box is not None

@@ -13,9 +13,10 @@ from turbokv.terminal import err, write_out
 
 ResultsArgument = Annotated[Path, typer.Argument(help="A runs.jsonl, or the folder that holds one.")]
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", help="File to write.", show_default="report.html; - for --markdown")
+    Path | None,
+    typer.Option("--output", "-o", help="File to write.", show_default="report.html, stdout for --markdown"),
 ]
-MarkdownOption = Annotated[bool, typer.Option("--markdown", help="GitHub Markdown instead of a page; -o - is stdout.")]
+MarkdownOption = Annotated[bool, typer.Option("--markdown", help="GitHub Markdown instead of a page.")]
 
 
 def report(results: ResultsArgument, output: OutputOption = None, markdown: MarkdownOption = False) -> None:
