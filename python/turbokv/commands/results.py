@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from turbokv.terminal import err, out
+from turbokv.terminal import err, write_out
 
 
 def results(
@@ -31,6 +31,6 @@ def results(
 
     records = store.read(path)
     answer = query.run(records if history else store.latest(records), sql or query.OVERVIEW)
-    out.file.write(answer.render(form))
+    write_out(answer.render(form))
     if not sql:
         err.print(f"{len(records)} records; questions: --sql, see --help")
