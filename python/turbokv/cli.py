@@ -11,6 +11,7 @@ from turbokv import __version__
 from turbokv.commands import testbed
 from turbokv.commands.doctor import doctor
 from turbokv.commands.kld import kld, ppl
+from turbokv.commands.needle import needle
 from turbokv.commands.report import report
 from turbokv.commands.results import results
 from turbokv.commands.serve import PASSED_ON, serve
@@ -35,7 +36,7 @@ app = typer.Typer(
     it?), `turbokv report results` (a page of all that),
     `turbokv serve -m model.gguf` (use it).""",
 )
-for command in (kld, ppl, speed, sweep, results, report, types, doctor):
+for command in (kld, ppl, needle, speed, sweep, results, report, types, doctor):
     app.command()(command)
 app.command(context_settings=PASSED_ON)(serve)
 app.add_typer(testbed.app, name="testbed")

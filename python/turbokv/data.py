@@ -21,6 +21,7 @@ MINI = DATA / "mini-q8_0.gguf"  # head_dim 128; model card in data/README.md
 BIAS = DATA / "bias-q8_0.gguf"  # head_dim 64
 SAMPLE = DATA / "sample.txt"
 BUILT_IN = {"mini": MINI, "bias": BIAS}
+NEEDLE_WORDS = DATA / "needle_words.json"  # the names and words that the models were trained on
 
 WIKITEXT2_URL = "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip"
 WIKITEXT2_MEMBER = "wikitext-2-raw/wiki.test.raw"
@@ -98,8 +99,18 @@ def wikitext2(url: str = WIKITEXT2_URL, sha256: str = WIKITEXT2_SHA256) -> Path:
 
 
 def read_text(name: str | None) -> str:
-    """The text for a -f argument: None is the built-in sample, `wikitext2` is downloaded, all else is a file."""
+    """The text for a -f argument: None is the built-in sample, `wikitext2` is downloaded, all else is a file, or a
+    folder, whose .txt files are joined in the order of their names."""
     path = SAMPLE if name is None else wikitext2() if name == "wikitext2" else Path(name)
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"))
+        if not files:
+            raise TurbokvError(f"the folder {path} has no .txt files: give another one, or a file")
+        return "\n".join(_read_file(file) for file in files)
+    return _read_file(path)
+
+
+def _read_file(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:

@@ -117,15 +117,27 @@ class Model(Closing):
             self._lib.llama_vocab_bos(self._vocab) if self._lib.llama_vocab_get_add_bos(self._vocab) else None
         )
 
-    def tokenize(self, text: str) -> NDArray[np.int32]:
-        """Token ids of the whole text, with BOS in front if the model wants one."""
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> NDArray[np.int32]:
+        """Token ids of the whole text, with BOS in front if the model wants one and add_special is set. With
+        parse_special the names of special tokens in the text, such as `<|im_start|>`, become these tokens."""
         data = text.encode()
         room = len(data) + 2  # no tokenizer makes more tokens than bytes, plus BOS and EOS
         tokens = (self._lib.llama_token * room)()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, room, True, False)
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, parse_special)
         if count < 0:
             raise TurbokvError(f"the tokenizer of {self.path.name} failed on the text")
         return np.ctypeslib.as_array(tokens)[:count].copy()
+
+    def chat_template(self) -> str | None:
+        """The Jinja chat template of the model's metadata, None if it has none."""
+        template: bytes | None = self._lib.llama_model_chat_template(self.handle, None)
+        return None if template is None else template.decode()
+
+    def special_texts(self) -> dict[str, str]:
+        """How the vocabulary writes `bos_token` and `eos_token`; empty for one that there is not."""
+        lib = self._lib
+        ids = {"bos_token": lib.llama_vocab_bos(self._vocab), "eos_token": lib.llama_vocab_eos(self._vocab)}
+        return {name: lib.llama_vocab_get_text(self._vocab, i).decode() if i >= 0 else "" for name, i in ids.items()}
 
     def effective(self, pair: CachePair) -> CachePair:
         """The types that serve this model's head sizes, e.g. turbo3 -> turbo3_64. Raises TurbokvError if none does."""
@@ -184,6 +196,23 @@ class Context(Closing):
         if not self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self.handle), 0, position, -1):
             raise TurbokvError(f"the cache of {self.model.path.name} cannot be cut at token {position}")
         return self._decode(tokens[position : position + 1], position, position)
+
+    def cut(self, position: int) -> bool:
+        """Drops what lies at `position` and behind it. False if the memory no longer holds all that is needed to go on
+        from there: a recurrent state has moved on, a sliding window has let go of its older tokens."""
+        memory = self._lib.llama_get_memory(self.handle)
+        if not self._lib.llama_memory_seq_rm(memory, 0, position, -1):
+            return False
+        window = self._lib.llama_model_n_swa(self.model.handle)
+        oldest: int = self._lib.llama_memory_seq_pos_min(memory, 0)
+        return not window or oldest <= max(0, position - window)
+
+    def append(self, tokens: NDArray[np.int32], position: int, n_logits: int) -> NDArray[np.float32]:
+        """Decodes tokens at the positions position.., which must be the next ones; logits of the last n_logits of them,
+        [n_logits, n_vocab], a copy."""
+        first = position + len(tokens) - n_logits
+        starts = range(0, len(tokens), self.n_batch)
+        return np.concatenate([self._decode(tokens[i : i + self.n_batch], position + i, first).copy() for i in starts])
 
     def _decode(self, tokens: NDArray[np.int32], start: int, first: int) -> NDArray[np.float32]:
         """Appends one batch of tokens at the positions start..; logits of the positions first.. among them."""

@@ -90,13 +90,19 @@ class KldResult(Cache):
 
 
 class Trial(Base):
-    """One question about one needle."""
+    """One question about one name. Trials with the same `haystack` share a text and depend on each other."""
 
-    length: int = Field(description="tokens of the haystack with its needles")
+    length: int = Field(description="tokens of the prompt: haystack, needles and the longest question")
     depth: float = Field(description="where the needle stands, 0 begin to 1 end of the haystack")
     seed: int
+    haystack: int = Field(description="number of the haystack within the run")
     right: bool = Field(description="the right answer is, token by token, the most likely one")
-    margin: float | None = Field(description="log-probability of the right answer minus that of the best wrong one")
+    margin: float | None = Field(
+        description="log-probability of the right answer minus that of the best wrong one; mean over the words where "
+        "several are asked for; null where a logit was NaN or infinite"
+    )
+    right_f16: bool
+    margin_f16: float | None
 
 
 class NeedleCell(Base):
@@ -112,18 +118,22 @@ class NeedleCell(Base):
 
 
 class NeedleResult(Cache):
-    """`turbokv needle`."""
+    """`turbokv needle`. Intervals by a bootstrap that draws haystacks."""
 
     kind: Literal["needle"] = "needle"
     task: str = Field(description="form of the needles: single, multivalue, variable")
-    accuracy: Estimate
+    accuracy: Estimate = Field(description="no interval where all trials agree")
     accuracy_f16: float
     margin: Estimate
+    margin_f16: float | None
     margin_delta: Estimate = Field(description="margin - margin of f16, paired by trial; below 0 is worse than f16")
     lost: int = Field(description="trials that f16 answers right and this cache does not")
     gained: int = Field(description="the other way round")
-    distractors: int
-    template: str
+    non_finite: int = Field(description="trials without a margin here or with f16; in accuracy, but in no margin")
+    haystacks: int
+    distractors: int = Field(description="other names in every haystack")
+    words: int = Field(description="words that a question asks for")
+    template: str = Field(description="plain, chat, or the name of a file")
     cells: list[NeedleCell]
     trials: list[Trial]
     text: Text

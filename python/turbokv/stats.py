@@ -18,22 +18,32 @@ SEED = 20261122
 def bootstrap_ci95(windows: list[NDArray[np.float64]]) -> tuple[float, float]:
     """95 % interval of the mean by a block bootstrap: stretches of up to 256 tokens are drawn with replacement.
 
-    `windows` holds one array of per-token values per window. The percentile interval is widened about the mean
-    by Student's t for the number n of stretches, t(n-1) / 1.96 * sqrt(n / (n-1)): without that it covers far less
-    than 95 % when n is small. Fixed seed: the same values give the same interval. Both ends are NaN when there
-    are less than two stretches of 16 tokens.
+    `windows` holds one array of per-token values per window. Stretches are the clusters of cluster_bootstrap_ci95.
+    Both ends are NaN when there are less than two stretches of 16 tokens.
     """
     total = sum(map(len, windows))
     length = min(BLOCK, max(MIN_BLOCK, total // MIN_BLOCKS))
     blocks = [window[i : i + length] for window in windows for i in range(0, len(window), length)]
-    n = len(blocks)
+    return cluster_bootstrap_ci95(blocks)
+
+
+def cluster_bootstrap_ci95(clusters: list[NDArray[np.float64]]) -> tuple[float, float]:
+    """95 % interval of the mean of all values: whole clusters are drawn with replacement, because the values of one
+    depend on each other and only clusters are independent. Empty ones do not count.
+
+    The percentile interval is widened about the mean by Student's t for the number n of clusters,
+    t(n-1) / 1.96 * sqrt(n / (n-1)): without that it covers far less than 95 % when n is small. Fixed seed: the same
+    values give the same interval. Both ends are NaN when there are less than two clusters.
+    """
+    clusters = [cluster for cluster in clusters if len(cluster)]
+    n = len(clusters)
     if n < 2:
         return math.nan, math.nan
-    sums = np.array([block.sum() for block in blocks])
-    sizes = np.array([len(block) for block in blocks])
+    sums = np.array([cluster.sum() for cluster in clusters])
+    sizes = np.array([len(cluster) for cluster in clusters])
     draws = np.random.Generator(np.random.PCG64(SEED)).integers(0, n, (RESAMPLES, n))
     means = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
-    mean = sums.sum() / total
+    mean = sums.sum() / sizes.sum()
     widening = stdtrit(n - 1, 0.975) / 1.96 * math.sqrt(n / (n - 1))
     low, high = mean + widening * (np.percentile(means, (2.5, 97.5)) - mean)
     return float(low), float(high)
