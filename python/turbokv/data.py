@@ -99,18 +99,8 @@ def wikitext2(url: str = WIKITEXT2_URL, sha256: str = WIKITEXT2_SHA256) -> Path:
 
 
 def read_text(name: str | None) -> str:
-    """The text for a -f argument: None is the built-in sample, `wikitext2` is downloaded, all else is a file, or a
-    folder, whose .txt files are joined in the order of their names."""
+    """The text for a -f argument: None is the built-in sample, `wikitext2` is downloaded, all else is a file."""
     path = SAMPLE if name is None else wikitext2() if name == "wikitext2" else Path(name)
-    if path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        if not files:
-            raise TurbokvError(f"the folder {path} has no .txt files: give another one, or a file")
-        return "\n".join(_read_file(file) for file in files)
-    return _read_file(path)
-
-
-def _read_file(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -122,3 +112,13 @@ def _read_file(path: Path) -> str:
     except OSError as error:
         raise TurbokvError(f"cannot read {path}: {error.strerror}") from None
     return text
+
+
+def read_texts(name: str | None) -> str:
+    """As read_text, and of a folder all .txt files, joined in the order of their names."""
+    if name is None or not Path(name).is_dir():
+        return read_text(name)
+    files = sorted(Path(name).glob("*.txt"))
+    if not files:
+        raise TurbokvError(f"the folder {name} has no .txt files: give another one, or a file")
+    return "\n".join(read_text(str(file)) for file in files)

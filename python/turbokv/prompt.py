@@ -41,7 +41,7 @@ def parse(name: str, text: str) -> Template:
         raise TurbokvError(f"the template {name} must have {{haystack}} once, where the text goes")
     if "{question}" not in after or "{question}" in before:
         raise TurbokvError(f"the template {name} must have {{question}} behind {{haystack}}, and not before it")
-    if "{answer_prefix}" in text[: -len("{answer_prefix}")]:
+    if "{answer_prefix}" in text.removesuffix("{answer_prefix}"):
         raise TurbokvError(f"the template {name} goes on behind {{answer_prefix}}: the answer comes there, end with it")
     return Template(name, before, after)
 

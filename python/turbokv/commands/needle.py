@@ -79,11 +79,11 @@ def needle(
     f16 answers and this cache does not, `gained` the other way round. The map below shows accuracy and change by length
     and depth. Where f16 itself is often wrong the task is too hard for the model and says little about caches.
 
-    Tasks in the style of RULER: `single` asks for one word of one name; `multivalue` for all 4 words of a name, in any
-    order; `variable` for all 4 variables of a chain of assignments (VAR a = 12345, VAR b = VAR a), whose first one
-    stands at the depth. In both every needle is one of 4. The built-in models were trained on `single` in the `plain`
-    template, and fail the other two: use those with larger models, and `--template chat` with those that follow
-    instructions.
+    Tasks in the style of RULER: `single` asks for the one word of a name. `multivalue` hides 4 words of every name, the
+    first at the depth and the others anywhere, and asks for all, in any order. `variable` hides chains of 4
+    assignments (VAR a = 12345, VAR b = VAR a, ...), the first at the depth and the others behind it, and asks for all
+    variables that hold a number. The built-in models were trained on `single` in the `plain` template, and fail the
+    other two: use those with larger models, and `--template chat` with models that follow instructions.
 
     Example: `turbokv needle -m model.gguf --lengths 4096,32768 --depths 0,50,100 --cache q8_0,turbo3 --template chat`
     """
@@ -91,7 +91,7 @@ def needle(
     grid = _lengths(lengths), _depths(depths)
     if json_file:
         data.check_writable(json_file)
-    content = data.read_text(text)
+    content = data.read_texts(text)
     try:
         with engine.interrupts.deferred(), engine.Model(model) as loaded:
             plan = haystack.Plan(
