@@ -75,7 +75,8 @@ def needle(
     How to read it: `accuracy` is how often greedy decoding gives the right word. It saturates: most caches find all
     or nothing. `margin` says how far, in nats of log-probability, the right word leads the best distractor's, and
     `change` is the margin minus that of f16 on the same question: below 0 is worse, and a 95% interval without 0 in it
-    is a difference that other seeds would show too. More --seeds make it narrower. `lost` counts the questions that
+    is a difference that other seeds would show too. More --seeds make it narrower. Rounding alone moves single margins
+    by some tenths of a nat, in both directions: what q8_0 shows is about that. `lost` counts the questions that
     f16 answers and this cache does not, `gained` the other way round. The map below shows accuracy and change by length
     and depth. Where f16 itself is often wrong the task is too hard for the model and says little about caches.
 
