@@ -64,11 +64,14 @@ class OnText(Task):
 
     text: str | None = None
 
+    def content(self) -> str:
+        return data.read_text(self.text)
+
     def text_arguments(self) -> tuple[str, ...]:
         return ("-f", self.text) if self.text else ()
 
     def text_fingerprint(self) -> str | None:
-        return text_fingerprint(data.read_text(self.text))
+        return text_fingerprint(self.content())
 
 
 class Kld(OnText):
@@ -92,8 +95,11 @@ class Needle(OnText):
     depths: list[Annotated[float, Field(ge=0, le=100)]] = [0, 25, 50, 75, 100]
     distractors: Positive = 4
     seeds: Positive = 4
-    task: str = "single"
+    task: Literal["single", "multivalue", "variable"] = "single"
     template: str = "plain"
+
+    def content(self) -> str:
+        return data.read_texts(self.text)
 
     def calls(self) -> list[Call]:
         arguments = {

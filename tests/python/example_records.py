@@ -170,7 +170,18 @@ def needle(
                 reference = 11 - length / 1000 + noise(model, length, depth, seed).gauss(0, 1.5)
                 margin = reference - harm * (1 + length / 4000) * rng.uniform(0.6, 1.4)
                 f16.append(reference)
-                field.append(Trial(length=length, depth=depth, seed=seed, right=margin > 0, margin=margin))
+                field.append(
+                    Trial(
+                        length=length,
+                        depth=depth,
+                        seed=seed,
+                        haystack=lengths.index(length) * seeds + seed,
+                        right=margin > 0,
+                        margin=margin,
+                        right_f16=reference > 0,
+                        margin_f16=reference,
+                    )
+                )
             trials += field
             f16_trials += f16
             cells.append(
@@ -198,8 +209,12 @@ def needle(
         margin_delta=Estimate(mean=change, ci95=(change * 1.15 - 0.05, change * 0.85 + 0.05)),
         lost=sum(reference > 0 and not trial.right for trial, reference in pairs),
         gained=sum(reference <= 0 and trial.right for trial, reference in pairs),
-        distractors=3,
-        template="secret",
+        margin_f16=margin - change,
+        non_finite=0,
+        haystacks=len(lengths) * seeds,
+        distractors=4,
+        words=1,
+        template="plain",
         cells=cells,
         trials=trials,
         text=Text(name="sample.txt", sha256="0a1b2c3d4e5f6071"),

@@ -86,7 +86,8 @@ def needle(
     variables that hold a number. The built-in models were trained on `single` in the `plain` template, and fail the
     other two: use those with larger models, and `--template chat` with models that follow instructions.
 
-    Example: `turbokv needle -m model.gguf --lengths 4096,32768 --depths 0,50,100 --cache q8_0,turbo3 --template chat`
+    Example: `turbokv needle -m model.gguf --lengths 512,2048 --seeds 1 --cache q8_0,turbo3 --json needle.json`; with a
+    model that follows instructions add --template chat and the lengths that you will use.
     """
     pairs = cache_type.parse_pairs(cache)
     grid = _lengths(lengths), _depths(depths)
