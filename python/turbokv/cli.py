@@ -14,7 +14,7 @@ from turbokv.commands.kld import kld, ppl
 from turbokv.commands.serve import PASSED_ON, serve
 from turbokv.commands.speed import speed
 from turbokv.commands.types import types
-from turbokv.errors import TurbokvError
+from turbokv.errors import CacheRefused, TurbokvError
 from turbokv.terminal import err, out
 
 app = typer.Typer(
@@ -29,7 +29,10 @@ app = typer.Typer(
 
     To begin: `turbokv doctor` (is the build sound?), `turbokv types` (what is there to choose from?),
     `turbokv kld -m model.gguf` (what does each choice cost on my model?), `turbokv speed -m model.gguf` (how fast is
-    it?), `turbokv serve -m model.gguf` (use it).""",
+    it?), `turbokv serve -m model.gguf` (use it).
+
+    Exit codes: 0 done, 1 an error that the last line names, 2 wrong usage, 3 the model does not take a cache type,
+    130 interrupted (what was finished is reported).""",
 )
 for command in (kld, ppl, speed, types, doctor):
     app.command()(command)
@@ -57,7 +60,7 @@ def main() -> None:
         app()
     except TurbokvError as error:
         err.print(f"turbokv: {error}", markup=False)
-        sys.exit(1)
+        sys.exit(3 if isinstance(error, CacheRefused) else 1)
     except OSError as error:
         err.print(f"turbokv: {error.filename or 'input/output'}: {error.strerror}", markup=False)
         sys.exit(1)

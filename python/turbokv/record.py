@@ -56,7 +56,7 @@ class Divergence(Base):
 
 
 class NoiseFloor(Base):
-    """f16 against itself, computed in physical batches of another size: what is below it is rounding."""
+    """f16 against itself, computed in physical batches of 32 tokens: what is below it is rounding."""
 
     n_ubatch: int
     mean_kld: float | None

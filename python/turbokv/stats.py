@@ -37,3 +37,11 @@ def bootstrap_ci95(windows: list[NDArray[np.float64]]) -> tuple[float, float]:
     widening = stdtrit(n - 1, 0.975) / 1.96 * math.sqrt(n / (n - 1))
     low, high = mean + widening * (np.percentile(means, (2.5, 97.5)) - mean)
     return float(low), float(high)
+
+
+def trimmed_mean(values: NDArray[np.float64], share: float = 0.01) -> float:
+    """Mean without the largest and the smallest `share` of the values (0 to 0.5, rounded down to whole values); NaN
+    of none."""
+    cut = int(share * len(values))
+    kept = np.sort(values)[cut : len(values) - cut]
+    return float(kept.mean()) if len(kept) else math.nan
