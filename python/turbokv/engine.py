@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -95,7 +96,11 @@ def default_threads() -> int:
 
 
 class Model(Closing):
-    """A GGUF model, loaded once and shared by the contexts of all caches. Use as a context manager."""
+    """A GGUF model, loaded once and shared by the contexts of all caches. Use as a context manager.
+
+    Weights that hold NaN or infinity are refused: llama.cpp's CPU kernels quantize activations to q8_0, which makes
+    finite numbers of NaN, so that the logits need not show it. Raises TurbokvError.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -105,8 +110,15 @@ class Model(Closing):
         log.install()
         log.clear()
         params = self._lib.llama_model_default_params()
+        params.check_tensors = True
         self.handle = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
+            if damaged := re.findall("tensor '(.*?)' has invalid data", log.errors()):
+                more = f" and {len(damaged) - 1} more hold" if len(damaged) > 1 else " holds"
+                raise TurbokvError(
+                    f"{path} is damaged: tensor {damaged[0]}{more} NaN or infinite values. "
+                    "Download or convert the model again"
+                )
             raise TurbokvError(
                 f"{path} cannot be loaded: {log.errors()}. Is the download complete, and is it a GGUF model?"
             )

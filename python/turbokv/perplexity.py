@@ -170,6 +170,56 @@ def join(parts: list[Scores]) -> Scores:
     )
 
 
+@dataclass(frozen=True)
+class _F16:
+    """The passes of f16 over the windows, computed or taken from the store."""
+
+    model: Model
+    n_ctx: int
+    n_threads: int
+    n_batch: int | None
+    text: Passage | None
+    store: Store | None
+
+    def nll(self, i: int, window: NDArray[np.int32]) -> NDArray[np.float64]:
+        with self._context() as context:
+            return self._checked(_run_window(context, window, self.n_ctx // 2, None).nll, i)
+
+    def reference(self, i: int, window: NDArray[np.int32]) -> Reference:
+        name, first = f"window-{i:05}", self.n_ctx // 2
+        if self.store and (known := self.store.load(name, window, Reference.__dataclass_fields__)):
+            return Reference(**known)  # type: ignore[arg-type]
+        with self._context() as context:
+            reference = encode(_in_rows(context.logits(window, first)), window[first + 1 :], self.model.n_vocab)
+        self._checked(reference.nll, i)
+        if self.store:
+            self.store.save(name, window, vars(reference))
+        return reference
+
+    def noise(self, i: int, window: NDArray[np.int32], reference: Reference) -> Scores:
+        name = f"noise-{i:05}"
+        if self.store and (known := self.store.load(name, window, Scores.__dataclass_fields__)):
+            return Scores(**known)  # type: ignore[arg-type]
+        n_ubatch = _noise_ubatch(self.n_ctx)
+        with Context(self.model, F16, self.n_ctx, self.n_threads, n_ubatch=n_ubatch) as context:
+            scores = _run_window(context, window, self.n_ctx // 2, reference)
+        if self.store:
+            self.store.save(name, window, vars(scores))
+        return scores
+
+    def _context(self) -> Context:
+        return Context(self.model, F16, self.n_ctx, self.n_threads, n_batch=self.n_batch)
+
+    def _checked(self, nll: NDArray[np.float64], i: int) -> NDArray[np.float64]:
+        """The same values; raises TurbokvError if they show that nothing can be measured with this model."""
+        finite = np.isfinite(nll)
+        if not finite.all():
+            raise diagnosis.non_finite(self.model, i, self.n_ctx // 2 + int(finite.argmin()))
+        if self.text and i == 0:
+            diagnosis.check_better_than_chance(self.model, float(nll.mean()))
+        return nll
+
+
 def measure(
     model: Model,
     tokens: NDArray[np.int32],
@@ -187,59 +237,32 @@ def measure(
 ) -> Measurement:
     """Runs every cache over the windows; `advance` is called with the name of the pass that just ended.
 
-    path: `decode` runs the caches and the reference token by token, with their steps as in generation. noise_floor:
-    run f16 once more in other batches (in batches at all, if path is `decode`). text: what the tokens come from; a
-    model that predicts it worse than chance is refused. Without it tokens may be anything. store: where finished
-    windows of the reference are kept; None keeps none. All but the first need with_kld.
+    path: `decode` runs the caches and the reference token by token. noise_floor: run f16 once more in batches of
+    another size. text: what the tokens come from; a model that predicts it worse than chance is refused. Without it
+    the tokens may be anything. store: where finished windows of f16 are kept and looked for, None is nowhere. Without
+    with_kld there is neither noise floor nor store.
 
     On KeyboardInterrupt the windows that all caches have finished are returned; before the first it is raised. Raises
     CacheRefused for a cache that the model does not take, TurbokvError if f16 gives no finite logits.
     """
     runs = [CacheRun(pair, model.effective(pair)) for pair in pairs]
     result = Measurement(model.path.name, n_ctx, with_kld, runs, path=path, text=text or Passage("", ""))
-    first, n_batch = n_ctx // 2, 1 if path == "decode" else None
+    n_batch = 1 if path == "decode" else None
+    f16 = _F16(model, n_ctx, n_threads, n_batch, text, store)
     for pair in pairs:  # what cannot work is refused now, not after the windows before it
         Context(model, pair, min(n_ctx, 256), n_threads, n_batch=n_batch).close()
-
-    def run_f16(window: NDArray[np.int32]) -> tuple[Reference | None, NDArray[np.float64]]:
-        with Context(model, F16, n_ctx, n_threads, n_batch=n_batch) as context:
-            if not with_kld:
-                return None, _run_window(context, window, first, None).nll
-            reference = encode(_in_rows(context.logits(window, first)), window[first + 1 :], model.n_vocab)
-            return reference, reference.nll
-
-    def run_noise(window: NDArray[np.int32], reference: Reference | None) -> Scores:
-        with Context(model, F16, n_ctx, n_threads, n_ubatch=_noise_ubatch(n_ctx)) as context:
-            return _run_window(context, window, first, reference)
-
     try:
         for i, window in enumerate(windows(model, tokens, n_ctx, n_windows)):
-            reference: Reference | None = None
-            known = store.load(f"window-{i:05}", window, Reference.__dataclass_fields__) if store and with_kld else None
-            if known:
-                reference = Reference(**known)  # type: ignore[arg-type]
-                nll = reference.nll
-            else:
-                reference, nll = run_f16(window)
-            if not np.isfinite(nll).all():
-                raise diagnosis.non_finite(model, i, first + int(np.isfinite(nll).argmin()))
-            if text and i == 0:
-                diagnosis.check_better_than_chance(model, float(nll.mean()))
-            if store and reference and not known:
-                store.save(f"window-{i:05}", window, vars(reference))
-            result.reference_nll.append(nll)
+            reference = f16.reference(i, window) if with_kld else None
+            result.reference_nll.append(reference.nll if reference else f16.nll(i, window))
             advance("f16 reference")
-            if noise_floor and with_kld:
-                known = store.load(f"noise-{i:05}", window, Scores.__dataclass_fields__) if store else None
-                noise = Scores(**known) if known else run_noise(window, reference)  # type: ignore[arg-type]
-                if store and not known:
-                    store.save(f"noise-{i:05}", window, vars(noise))
-                result.noise.append(noise)
+            if reference and noise_floor:
+                result.noise.append(f16.noise(i, window, reference))
                 advance("noise floor")
             for run in result.runs:
                 started = time.monotonic()
                 with Context(model, run.requested, n_ctx, n_threads, n_batch=n_batch) as context:
-                    run.windows.append(_run_window(context, window, first, reference))
+                    run.windows.append(_run_window(context, window, n_ctx // 2, reference))
                     run.cache_bytes = context.cache_bytes
                 run.seconds.append(time.monotonic() - started)
                 advance(str(run.effective))
@@ -312,7 +335,9 @@ def _noise_floor(measurement: Measurement) -> record.NoiseFloor | None:
     scores = join(measurement.noise[: measurement.n_windows])
     finite = scores.finite
     return record.NoiseFloor(
-        n_ubatch=_noise_ubatch(measurement.n_ctx), mean_kld=_mean(scores.kld[finite]), same_top=_mean(scores.same_top[finite])
+        n_ubatch=_noise_ubatch(measurement.n_ctx),
+        mean_kld=_mean(scores.kld[finite]),
+        same_top=_mean(scores.same_top[finite]),
     )
 
 

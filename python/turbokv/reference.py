@@ -12,11 +12,11 @@ reference's own, bit for bit, is recognized: its divergence is exactly 0.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from turbokv.fingerprint import model_fingerprint, text_fingerprint
 SCHEME = 1  # of the files: raised when what stands in them, or how it is computed, changes
 LIMIT = 10 << 30  # bytes that all keys together may take
 STALE = 3600  # seconds after which a half-written file belongs to nobody
-ROWS = 64  # logit rows handled at a time: float64 copies of more would not stay in the CPU's caches
+ROWS = 16  # logit rows handled at a time: float64 copies of more would not stay in the CPU's caches
 STEPS = 65535
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -71,13 +71,13 @@ class Reference:
 
     def log_p(self) -> NDArray[np.float64]:
         """Log-probabilities [n, n_vocab], whose exp() sum to 1."""
-        decoded = self.codes * self.step[:, None].astype(np.float64)
+        decoded: NDArray[np.float64] = self.step[:, None].astype(np.float64) * self.codes
         decoded -= self.normalizer[:, None]
         return decoded
 
     def equals(self, logits: NDArray[np.float32], nll: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which rows of these logits [n, n_vocab], with these NLL [n], are the reference's own, bit for bit."""
-        equal = nll == self.nll  # the digests are slow, and needed for these alone
+        equal: NDArray[np.bool_] = nll == self.nll  # the digests are slow, and needed for these alone
         rows = np.flatnonzero(equal)
         equal[rows] = _digests(logits[rows]) == self.digest[rows]
         return equal
@@ -209,6 +209,8 @@ class Store:
                 temporary.replace(self.folder / f"{name}.npz")
             finally:
                 temporary.unlink(missing_ok=True)
+        except FileNotFoundError:  # another process has just dropped this key
+            return
         except OSError as error:
             self._stop(f"{error.strerror or error}")
 
@@ -221,7 +223,7 @@ class Store:
         used: list[tuple[float, int, Path]] = []
         for folder in self.directory.glob("[0-9a-f]" * 16):
             try:
-                used.append((folder.stat().st_mtime, sum(path.stat().st_size for path in folder.iterdir()), folder))
+                used.append((folder.stat().st_mtime, sum(path.stat().st_size for path in folder.glob("*.npz")), folder))
             except OSError:  # another process drops it right now
                 continue
         total = size + sum(taken for _, taken, _ in used)
@@ -238,10 +240,8 @@ def _drop(folder: Path) -> None:
     """Removes a key; files that are none of ours stay."""
     for path in [*folder.glob("*.npz"), *folder.glob("*.tmp")]:
         path.unlink(missing_ok=True)
-    try:
+    with contextlib.suppress(OSError):
         folder.rmdir()
-    except OSError:
-        pass
 
 
 def _write_npz(file: object, arrays: Arrays) -> None:
