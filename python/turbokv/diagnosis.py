@@ -18,8 +18,8 @@ def non_finite(model: Model, window: int, position: int) -> TurbokvError:
     weights are finite."""
     return TurbokvError(
         f"{model.path.name} gives NaN or infinite logits with an f16 cache, first at token {position} of window "
-        f"{window + 1}. Its weights are finite, so values inside of it get too large: it is damaged, or its activations "
-        "leave the range of f16 (65504). Nothing can be measured against such a reference"
+        f"{window + 1}. Its weights are finite, so values inside of it get too large: it is damaged, or its "
+        "activations leave the range of f16 (65504). Nothing can be measured against such a reference"
     )
 
 

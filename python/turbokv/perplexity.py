@@ -7,10 +7,17 @@ runs on the same window in the same batches. An `f16` among the caches is a seco
 
 The noise floor is f16 in physical batches of NOISE_UBATCH tokens. It has to be below 64: from there on, llama.cpp's
 f16 attention on CPUs goes through one and the same tiled kernel, and 64, 128 and 512 give the same bits. With 32 it
-measures 0.00027 nats on mini and 0.00033 on bias, which is also what decoding token by token differs by.
+measures 0.00027 nats on mini and 0.00033 on bias, which is also what decoding token by token differs by. The noise
+floor of decoding is therefore f16 in batches of 512.
 
-Encoding the reference in 16 bits costs, in nats, at -c 1024 --chunks 4, against exact float64:
-@@TABLE@@"""
+Encoding the reference in 16 bits changes a KLD, against exact float64, at -c 1024 --chunks 4, in nats, by:
+
+    model  cache   mean KLD   change   worst token
+    mini   q8_0    0.000357   -3e-9    4e-6
+    mini   turbo3  0.029318   +1e-7    4e-5
+    bias   q8_0    0.000412   +5e-9    7e-6
+    bias   turbo3  0.045896   -2e-7    6e-5
+"""
 
 from __future__ import annotations
 
@@ -25,7 +32,7 @@ from numpy.typing import NDArray
 
 from turbokv import diagnosis, native
 from turbokv.cache_type import CachePair, bits_per_value
-from turbokv.engine import Context, Model
+from turbokv.engine import MAX_UBATCH, Context, Model
 from turbokv.errors import TurbokvError
 from turbokv.fingerprint import text_fingerprint
 from turbokv.reference import ROWS, Reference, Store, encode, log_probabilities
@@ -177,7 +184,7 @@ class _F16:
     model: Model
     n_ctx: int
     n_threads: int
-    n_batch: int | None
+    path: PathName
     text: Passage | None
     store: Store | None
 
@@ -200,7 +207,7 @@ class _F16:
         name = f"noise-{i:05}"
         if self.store and (known := self.store.load(name, window, Scores.__dataclass_fields__)):
             return Scores(**known)  # type: ignore[arg-type]
-        n_ubatch = _noise_ubatch(self.n_ctx)
+        n_ubatch = _noise_ubatch(self.n_ctx, self.path)
         with Context(self.model, F16, self.n_ctx, self.n_threads, n_ubatch=n_ubatch) as context:
             scores = _run_window(context, window, self.n_ctx // 2, reference)
         if self.store:
@@ -208,7 +215,7 @@ class _F16:
         return scores
 
     def _context(self) -> Context:
-        return Context(self.model, F16, self.n_ctx, self.n_threads, n_batch=self.n_batch)
+        return Context(self.model, F16, self.n_ctx, self.n_threads, n_batch=_n_batch(self.path))
 
     def _checked(self, nll: NDArray[np.float64], i: int) -> NDArray[np.float64]:
         """The same values; raises TurbokvError if they show that nothing can be measured with this model."""
@@ -247,8 +254,8 @@ def measure(
     """
     runs = [CacheRun(pair, model.effective(pair)) for pair in pairs]
     result = Measurement(model.path.name, n_ctx, with_kld, runs, path=path, text=text or Passage("", ""))
-    n_batch = 1 if path == "decode" else None
-    f16 = _F16(model, n_ctx, n_threads, n_batch, text, store)
+    n_batch = _n_batch(path)
+    f16 = _F16(model, n_ctx, n_threads, path, text, store)
     for pair in pairs:  # what cannot work is refused now, not after the windows before it
         Context(model, pair, min(n_ctx, 256), n_threads, n_batch=n_batch).close()
     try:
@@ -272,9 +279,14 @@ def measure(
     return result
 
 
-def _noise_ubatch(n_ctx: int) -> int:
-    """Tokens per physical batch; for short windows less, or it would be the reference's."""
-    return min(NOISE_UBATCH, n_ctx // 4)
+def _n_batch(path: PathName) -> int | None:
+    """Of a Context."""
+    return 1 if path == "decode" else None
+
+
+def _noise_ubatch(n_ctx: int, path: PathName) -> int:
+    """Tokens per physical batch: on the other side of 64 than the reference's."""
+    return min(NOISE_UBATCH, n_ctx // 4) if path == "prefill" else min(MAX_UBATCH, n_ctx)
 
 
 # --- records
@@ -335,7 +347,7 @@ def _noise_floor(measurement: Measurement) -> record.NoiseFloor | None:
     scores = join(measurement.noise[: measurement.n_windows])
     finite = scores.finite
     return record.NoiseFloor(
-        n_ubatch=_noise_ubatch(measurement.n_ctx),
+        n_ubatch=_noise_ubatch(measurement.n_ctx, measurement.path),
         mean_kld=_mean(scores.kld[finite]),
         same_top=_mean(scores.same_top[finite]),
     )

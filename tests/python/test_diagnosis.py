@@ -89,7 +89,7 @@ def test_several_damaged_tensors_are_counted(tmp_path: Path) -> None:
         for i in range(3):
             tensors[f"blk.{i}.ffn_norm.weight"].data[0] = math.nan
 
-    with pytest.raises(TurbokvError, match="tensor blk.0.ffn_norm.weight and 2 more hold"):
+    with pytest.raises(TurbokvError, match=r"tensor blk.0.ffn_norm.weight and 2 more hold"):
         measure(damaged(tmp_path, damage))
 
 
