@@ -114,6 +114,41 @@ def test_all_tokens_non_finite_gives_null_and_no_crash() -> None:
     assert {record["ppl"], record["same_top"], record["delta_nll"]["mean"], *record["kld"].values()} == {None}
 
 
+def test_every_estimate_is_taken_from_its_tokens() -> None:
+    """Three windows of 100 tokens; in the second the last token is not finite, and so only 63 of its last 64 count."""
+    random = np.random.default_rng(4)
+    reference = list(random.random((3, 100)))
+    scores = [
+        Scores(nll + random.normal(0, 0.1, 100), random.random(100) ** 4, np.ones(100, bool)) for nll in reference
+    ]
+    scores[1].nll[-1] = np.nan
+    run = CacheRun(F16, F16, windows=scores)
+    record = as_json(Measurement("model", 200, True, [run], reference, noise=scores))[0]
+    finite = [window.finite for window in scores]
+    kld = np.concatenate([window.kld[mask] for window, mask in zip(scores, finite, strict=True)])
+    delta = np.concatenate([(w.nll - r)[mask] for w, r, mask in zip(scores, reference, finite, strict=True)])
+    last = np.concatenate([window.kld[36:][mask[36:]] for window, mask in zip(scores, finite, strict=True)])
+    assert (len(kld), len(last)) == (299, 191)
+    assert record["delta_nll"]["mean"] == pytest.approx(delta.mean(), rel=1e-12)
+    assert record["delta_nll"]["ci95"][0] < delta.mean() < record["delta_nll"]["ci95"][1]
+    for name, values in (("kld", kld), ("last64", last)):
+        found = record[name]
+        cut = len(values) // 100
+        assert found["mean"] == pytest.approx(values.mean(), rel=1e-12)
+        assert found["trimmed_mean"] == pytest.approx(np.sort(values)[cut : len(values) - cut].mean(), rel=1e-12)
+        assert [found[key] for key in ("median", "p99", "p999")] == list(np.percentile(values, (50, 99, 99.9)))
+        assert found["max"] == values.max()
+        assert found["ci95"][0] < found["mean"] < found["ci95"][1]
+    assert record["noise_floor"] == {"n_ubatch": 32, "mean_kld": kld.mean(), "same_top": 1}
+
+
+def test_few_tokens_have_a_mean_without_an_interval() -> None:
+    few = Scores(np.ones(8), np.ones(8), np.ones(8, bool))
+    record = record_of(few, np.ones(8))
+    assert record["kld"]["mean"] == 1
+    assert record["kld"]["ci95"] is record["delta_nll"]["ci95"] is None
+
+
 # --- windows
 
 

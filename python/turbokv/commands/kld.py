@@ -38,8 +38,8 @@ PathOption = Annotated[
     typer.Option(
         "--path",
         help="`prefill` gives the model many tokens at a time, `decode` one, as generation does: other code runs then. "
-        "The reference goes the same way, so that the difference of the ways is not in the numbers. Some ten times "
-        "slower on a CPU; use it to see that generation is as good as the rest says.",
+        "The reference goes the same way, so that the difference of the ways is not in the numbers. Four to fifteen "
+        "times slower on a CPU; use it to see that generation is as good as the rest says.",
     ),
 ]
 JsonOption = Annotated[
@@ -83,7 +83,7 @@ def kld(
     that of q8_0 and q4_0, which many people use. `99.9%` is how bad the worst tokens get, `same top` how often the
     most likely token stays the same. `dNLL` is the loss that the true text shows, log(PPL / PPL of f16), token by
     token; behind it the half width of its 95% interval. Caches whose `95% CI` overlap need more windows to be told
-    apart.
+    apart; from 8 windows on, the intervals know how much windows differ from each other.
 
     The line below the table is the noise floor: f16 against itself, with its sums in another order. What is not above
     it is rounding. An `f16` among the caches is the same computation twice: its divergence has to be exactly 0.
