@@ -256,7 +256,7 @@ def _columns(result: KldResult, *, wide: bool) -> dict[str, str]:
         if wide:
             columns["max"] = _number(kld.max, 4)
         if wide and result.last64:
-            columns |= {"last 64": _number(result.last64.mean, 6), "95% CI of it": _interval(result.last64.ci95, 6)}
+            columns["last 64"] = _number(result.last64.mean, 6)
         columns["same top"] = _percent(result.same_top)
     return columns
 
