@@ -32,9 +32,13 @@ app = typer.Typer(
     A cache is written K/V: `q8_0/turbo3` keeps the keys in q8_0 and the values in turbo3; `turbo3` alone means both.
 
     To begin: `turbokv doctor` (is the build sound?), `turbokv types` (what is there to choose from?),
-    `turbokv kld -m model.gguf` (what does each choice cost on my model?), `turbokv speed -m model.gguf` (how fast is
-    it?), `turbokv report results` (a page of all that),
-    `turbokv serve -m model.gguf` (use it).""",
+    `turbokv recommend -m model.gguf --memory 24GiB` (what fits?), `turbokv serve -m model.gguf` (use it).
+
+    To measure what each choice costs on your model: `turbokv kld`, `turbokv needle`, `turbokv speed`; all of them for
+    many models and contexts: `turbokv sweep`, then `turbokv report` (a page to share) and `turbokv results` (SQL).
+
+    Exit codes: 0 done, 1 an error that the last line names, 2 wrong usage, 3 the model does not take a cache type,
+    130 interrupted (what was finished is reported).""",
 )
 for command in (kld, ppl, needle, speed, sweep, results, report, types, doctor):
     app.command()(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from turbokv import native
 from turbokv.cache_type import CachePair, type_ids
 from turbokv.closing import Closing
-from turbokv.errors import TurbokvError
+from turbokv.errors import CacheRefused, TurbokvError
 
 MAX_BATCH = 2048  # llama-perplexity's defaults, so that both compute the same batches
 MAX_UBATCH = 512
@@ -95,7 +96,11 @@ def default_threads() -> int:
 
 
 class Model(Closing):
-    """A GGUF model, loaded once and shared by the contexts of all caches. Use as a context manager."""
+    """A GGUF model, loaded once and shared by the contexts of all caches. Use as a context manager.
+
+    Weights that hold NaN or infinity are refused: llama.cpp's CPU kernels quantize activations to q8_0, which makes
+    finite numbers of NaN, so that the logits need not show it. Raises TurbokvError.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -105,8 +110,15 @@ class Model(Closing):
         log.install()
         log.clear()
         params = self._lib.llama_model_default_params()
+        params.check_tensors = True
         self.handle = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
+            if damaged := re.findall("tensor '(.*?)' has invalid data", log.errors()):
+                more = f" and {len(damaged) - 1} more hold" if len(damaged) > 1 else " holds"
+                raise TurbokvError(
+                    f"{path} is damaged: tensor {damaged[0]}{more} NaN or infinite values. "
+                    "Download or convert the model again"
+                )
             raise TurbokvError(
                 f"{path} cannot be loaded: {log.errors()}. Is the download complete, and is it a GGUF model?"
             )
@@ -139,13 +151,29 @@ class Model(Closing):
         ids = {"bos_token": lib.llama_vocab_bos(self._vocab), "eos_token": lib.llama_vocab_eos(self._vocab)}
         return {name: lib.llama_vocab_get_text(self._vocab, i).decode() if i >= 0 else "" for name, i in ids.items()}
 
+    def detokenize(self, tokens: NDArray[np.int32]) -> bytes:
+        """The bytes of the tokens [n] one after the other; control tokens such as BOS have none. Nothing is cleaned
+        up, unlike in llama_detokenize, which drops spaces before punctuation: a tokenizer that loses nothing gives
+        back what was tokenized, but for a space that some put in front."""
+        pieces = {token: self._piece(token) for token in np.unique(tokens).tolist()}
+        return b"".join(pieces[token] for token in tokens.tolist())
+
+    def _piece(self, token: int) -> bytes:
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            size: int = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            if size >= 0:
+                return buffer.raw[:size]
+            room = -size
+
     def effective(self, pair: CachePair) -> CachePair:
-        """The types that serve this model's head sizes, e.g. turbo3 -> turbo3_64. Raises TurbokvError if none does."""
+        """The types that serve this model's head sizes, e.g. turbo3 -> turbo3_64. Raises CacheRefused if none does."""
         names = {type_id: name for name, type_id in type_ids().items()}
         type_k, type_v = ctypes.c_int(type_ids()[pair.k]), ctypes.c_int(type_ids()[pair.v])
         log.clear()
         if not self._lib._lib.turbokv_resolve_cache_types(self.handle, ctypes.byref(type_k), ctypes.byref(type_v)):
-            raise TurbokvError(log.errors().removeprefix("turbokv: "))
+            raise CacheRefused(log.errors().removeprefix("turbokv: "))
         return CachePair(names[type_k.value], names[type_v.value])
 
     def close(self) -> None:
@@ -157,19 +185,27 @@ class Model(Closing):
 class Context(Closing):
     """One sequence of up to n_ctx tokens with a given cache. Use as a context manager.
 
-    n_batch: tokens per call of llama_decode and per pass through the graph; 1 decodes as generation does. Left out,
-    both are as large as in llama.cpp's tools. Raises TurbokvError if the model does not take this cache.
+    n_batch: tokens per call of llama_decode and per pass through the graph; 1 decodes as generation does. n_ubatch:
+    per pass through the graph only, at most n_batch. Left out, both are as large as in llama.cpp's tools. Raises
+    CacheRefused if the model does not take this cache, TurbokvError if there is not enough memory for it.
     """
 
     def __init__(
-        self, model: Model, pair: CachePair, n_ctx: int, n_threads: int, *, n_batch: int | None = None
+        self,
+        model: Model,
+        pair: CachePair,
+        n_ctx: int,
+        n_threads: int,
+        *,
+        n_batch: int | None = None,
+        n_ubatch: int | None = None,
     ) -> None:
         self.model = model
         self._lib = native.llama()
         params = self._lib.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = min(n_ctx, n_batch or MAX_BATCH)
-        params.n_ubatch = min(params.n_batch, n_batch or MAX_UBATCH)
+        params.n_ubatch = min(params.n_batch, n_ubatch or n_batch or MAX_UBATCH)
         params.swa_full = False  # as in llama.cpp's tools: layers with a sliding window cache the window only
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_ids()[pair.k], type_ids()[pair.v]
@@ -177,7 +213,10 @@ class Context(Closing):
         log.clear()
         self.handle = self._lib.llama_init_from_model(model.handle, params)
         if not self.handle:
-            raise TurbokvError(f"no context with cache {pair} for {model.path.name}: {log.errors()}")
+            reason = log.errors()
+            no_memory = "alloc" in reason  # the one other thing that goes wrong here: "failed to allocate buffer ..."
+            error = TurbokvError if no_memory or pair == CachePair("f16", "f16") else CacheRefused
+            raise error(f"no context with cache {pair} for {model.path.name}: {reason}")
         self.n_batch: int = params.n_batch
         self.cache_bytes: int = self._lib._lib.turbokv_cache_bytes(self.handle)
 

@@ -2,28 +2,50 @@
 
 The protocol is llama-perplexity's, so that the numbers can be held against it: the text is cut into windows of
 n_ctx tokens, the first token of each is replaced by BOS if the model has one, and positions n_ctx/2 .. n_ctx-2
-are scored. Window by window the f16 reference is computed first (for KLD its logits are kept in memory), then every
-cache runs on the same window in the same batches. An `f16` among the caches is a second run: the noise floor.
+are scored. Window by window the f16 reference is computed first, or taken from a reference.Store, then every cache
+runs on the same window in the same batches. An `f16` among the caches is a second run, which diverges by exactly 0.
+
+The noise floor is f16 in physical batches of NOISE_UBATCH tokens. It has to be below 64: from there on, llama.cpp's
+f16 attention on CPUs goes through one and the same tiled kernel, and 64, 128 and 512 give the same bits. With 32 it
+measures 0.00027 nats on mini and 0.00033 on bias, which is also what decoding token by token differs by. The noise
+floor of decoding is therefore f16 in batches of 512.
+
+Encoding the reference in 16 bits changes a KLD, against exact float64, at -c 1024 --chunks 4, in nats, by:
+
+    model  cache   mean KLD   change   worst token
+    mini   q8_0    0.000357   -3e-9    4e-6
+    mini   turbo3  0.029318   +1e-7    4e-5
+    bias   q8_0    0.000412   +5e-9    7e-6
+    bias   turbo3  0.045896   -2e-7    6e-5
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from turbokv import native
+from turbokv import diagnosis, native
 from turbokv.cache_type import CachePair, bits_per_value
-from turbokv.engine import Context, Model
+from turbokv.engine import MAX_UBATCH, Context, Model
 from turbokv.errors import TurbokvError
-from turbokv.stats import bootstrap_ci95
+from turbokv.fingerprint import text_fingerprint
+from turbokv.reference import ROWS, Reference, Store, encode, log_probabilities
+from turbokv.stats import bootstrap_ci95, trimmed_mean
+
+if TYPE_CHECKING:  # pydantic takes a while to import, and `turbokv --help` does not need it
+    from turbokv import record
 
 F16 = CachePair("f16", "f16")
-ROWS = 64  # logit rows handled at a time: float64 copies of more would not stay in the CPU's caches
+NOISE_UBATCH = 32
+LAST = 64  # positions of every window that are summed up separately, too
+
+PathName = Literal["prefill", "decode"]
 
 
 @dataclass
@@ -50,15 +72,26 @@ class CacheRun:
     windows: list[Scores] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A text that is measured, and its name."""
+
+    name: str
+    content: str
+
+
 @dataclass
 class Measurement:
-    """A whole run: the reference's per-window NLL and one CacheRun per cache."""
+    """A whole run: the reference's per-window NLL, its noise, and one CacheRun per cache."""
 
     model: str
     n_ctx: int
     with_kld: bool
     runs: list[CacheRun]
     reference_nll: list[NDArray[np.float64]] = field(default_factory=list)
+    noise: list[Scores] = field(default_factory=list)  # of f16 in other batches; empty if it was not asked for
+    path: PathName = "prefill"
+    text: Passage = Passage("", "")
 
     @property
     def n_windows(self) -> int:
@@ -81,15 +114,11 @@ def windows(model: Model, tokens: NDArray[np.int32], n_ctx: int, n_windows: int)
     return cut
 
 
-def log_normalizer(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log(sum(exp(logits))) over the last axis, [n, n_vocab] -> [n]."""
-    top = logits.max(axis=-1)
-    shifted: NDArray[np.float64] = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1))
-    return shifted
-
-
-def score(logits: NDArray[np.float32], reference: NDArray[np.float32] | None, targets: NDArray[np.int32]) -> Scores:
-    """Scores logits [n, n_vocab] against reference logits of the same shape; targets [n] are the true next tokens.
+def score(
+    logits: NDArray[np.float32], reference: Reference | NDArray[np.float32] | None, targets: NDArray[np.int32]
+) -> Scores:
+    """Scores logits [n, n_vocab] against the reference for the same positions, encoded or as logits of the same shape
+    (then exactly); targets [n] are the true next tokens.
 
     NLL in nats; KLD = sum p_ref * (log p_ref - log p), in nats. Rows with a NaN or infinite logit score NaN.
     Without a reference the logits are their own: zero divergence, the same top token.
@@ -97,41 +126,47 @@ def score(logits: NDArray[np.float32], reference: NDArray[np.float32] | None, ta
     parts = []
     with np.errstate(invalid="ignore", over="ignore"):
         for i in range(0, len(targets), ROWS):
-            own = logits[i : i + ROWS].astype(np.float64)
-            own_log_p = own - log_normalizer(own)[:, None]
-            nll = -own_log_p[np.arange(len(own)), targets[i : i + ROWS]]
-            nll[~np.isfinite(own).all(axis=-1)] = np.nan
+            own, rows = logits[i : i + ROWS], slice(i, i + ROWS)
+            own_log_p, nll = log_probabilities(own, targets[rows])
             if reference is None:
                 parts.append(Scores(nll, np.zeros(len(own)), np.ones(len(own), bool)))
                 continue
-            ref = reference[i : i + ROWS].astype(np.float64)
-            ref_log_p = ref - log_normalizer(ref)[:, None]
+            if isinstance(reference, Reference):
+                ref_log_p, ref_top = reference[rows].log_p(), reference.top[rows]
+            else:
+                ref_log_p, ref_top = log_probabilities(reference[rows], targets[rows])[0], reference[rows].argmax(-1)
             kld = (np.exp(ref_log_p) * (ref_log_p - own_log_p)).sum(axis=-1)
-            parts.append(Scores(nll, kld, own.argmax(axis=-1) == ref.argmax(axis=-1)))
+            if isinstance(reference, Reference):
+                kld[reference[rows].equals(own, nll)] = 0
+            parts.append(Scores(nll, kld, own.argmax(axis=-1) == ref_top))
     return join(parts)
 
 
-def _reference_logits(context: Context, tokens: NDArray[np.int32], first: int) -> NDArray[np.float32]:
-    out = np.empty((len(tokens) - first, context.model.n_vocab), np.float32)
-    row = 0
-    for logits in context.logits(tokens, first):
-        out[row : row + len(logits)] = logits
-        row += len(logits)
-    return out[:-1]  # nothing follows the last position
-
-
-def _run_window(
-    context: Context, tokens: NDArray[np.int32], first: int, reference: NDArray[np.float32] | None
-) -> Scores:
+def _run_window(context: Context, tokens: NDArray[np.int32], first: int, reference: Reference | None) -> Scores:
     targets = tokens[first + 1 :]
     parts, row = [], 0
-    for logits in context.logits(tokens, first):
-        n = min(len(logits), len(targets) - row)
+    for logits in _in_rows(context.logits(tokens, first)):
+        n = min(len(logits), len(targets) - row)  # nothing follows the last position
         if n > 0:
             compare = None if reference is None else reference[row : row + n]
             parts.append(score(logits[:n], compare, targets[row : row + n]))
         row += n
     return join(parts)
+
+
+def _in_rows(batches: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    """The same rows; single ones, as decoding gives them, in groups: numpy needs as long for one as for several."""
+    waiting: list[NDArray[np.float32]] = []
+    for batch in batches:
+        if len(batch) > 1:
+            yield batch
+            continue
+        waiting.append(batch.copy())
+        if len(waiting) == ROWS:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def join(parts: list[Scores]) -> Scores:
@@ -140,6 +175,56 @@ def join(parts: list[Scores]) -> Scores:
         np.concatenate([part.kld for part in parts]),
         np.concatenate([part.same_top for part in parts]),
     )
+
+
+@dataclass(frozen=True)
+class _F16:
+    """The passes of f16 over the windows, computed or taken from the store."""
+
+    model: Model
+    n_ctx: int
+    n_threads: int
+    path: PathName
+    text: Passage | None
+    store: Store | None
+
+    def nll(self, i: int, window: NDArray[np.int32]) -> NDArray[np.float64]:
+        with self._context() as context:
+            return self._checked(_run_window(context, window, self.n_ctx // 2, None).nll, i)
+
+    def reference(self, i: int, window: NDArray[np.int32]) -> Reference:
+        name, first = f"window-{i:05}", self.n_ctx // 2
+        if self.store and (known := self.store.load(name, window, Reference.__dataclass_fields__)):
+            return Reference(**known)  # type: ignore[arg-type]
+        with self._context() as context:
+            reference = encode(_in_rows(context.logits(window, first)), window[first + 1 :], self.model.n_vocab)
+        self._checked(reference.nll, i)
+        if self.store:
+            self.store.save(name, window, vars(reference))
+        return reference
+
+    def noise(self, i: int, window: NDArray[np.int32], reference: Reference) -> Scores:
+        name = f"noise-{i:05}"
+        if self.store and (known := self.store.load(name, window, Scores.__dataclass_fields__)):
+            return Scores(**known)  # type: ignore[arg-type]
+        n_ubatch = _noise_ubatch(self.n_ctx, self.path)
+        with Context(self.model, F16, self.n_ctx, self.n_threads, n_ubatch=n_ubatch) as context:
+            scores = _run_window(context, window, self.n_ctx // 2, reference)
+        if self.store:
+            self.store.save(name, window, vars(scores))
+        return scores
+
+    def _context(self) -> Context:
+        return Context(self.model, F16, self.n_ctx, self.n_threads, n_batch=_n_batch(self.path))
+
+    def _checked(self, nll: NDArray[np.float64], i: int) -> NDArray[np.float64]:
+        """The same values; raises TurbokvError if they show that nothing can be measured with this model."""
+        finite = np.isfinite(nll)
+        if not finite.all():
+            raise diagnosis.non_finite(self.model, i, self.n_ctx // 2 + int(finite.argmin()))
+        if self.text and i == 0:
+            diagnosis.check_better_than_chance(self.model, float(nll.mean()))
+        return nll
 
 
 def measure(
@@ -151,31 +236,40 @@ def measure(
     n_windows: int,
     n_threads: int,
     with_kld: bool,
+    path: PathName = "prefill",
+    noise_floor: bool = False,
+    text: Passage | None = None,
+    store: Store | None = None,
     advance: Callable[[str], None] = lambda _: None,
 ) -> Measurement:
     """Runs every cache over the windows; `advance` is called with the name of the pass that just ended.
 
-    On KeyboardInterrupt the windows that all caches have finished are returned; before the first it is raised.
+    path: `decode` runs the caches and the reference token by token. noise_floor: run f16 once more in batches of
+    another size. text: what the tokens come from; a model that predicts it worse than chance is refused. Without it
+    the tokens may be anything. store: where finished windows of f16 are kept and looked for, None is nowhere. Without
+    with_kld there is neither noise floor nor store.
+
+    On KeyboardInterrupt the windows that all caches have finished are returned; before the first it is raised. Raises
+    CacheRefused for a cache that the model does not take, TurbokvError if f16 gives no finite logits.
     """
-    result = Measurement(model.path.name, n_ctx, with_kld, [CacheRun(pair, model.effective(pair)) for pair in pairs])
-    first = n_ctx // 2
+    runs = [CacheRun(pair, model.effective(pair)) for pair in pairs]
+    result = Measurement(model.path.name, n_ctx, with_kld, runs, path=path, text=text or Passage("", ""))
+    n_batch = _n_batch(path)
+    f16 = _F16(model, n_ctx, n_threads, path, text, store)
     for pair in pairs:  # what cannot work is refused now, not after the windows before it
-        Context(model, pair, min(n_ctx, 256), n_threads).close()
+        Context(model, pair, min(n_ctx, 256), n_threads, n_batch=n_batch).close()
     try:
-        for window in windows(model, tokens, n_ctx, n_windows):
-            reference = None
-            with Context(model, F16, n_ctx, n_threads) as context:
-                if with_kld:
-                    reference = _reference_logits(context, window, first)
-                    scores = score(reference, None, window[first + 1 :])
-                else:
-                    scores = _run_window(context, window, first, None)
-            result.reference_nll.append(scores.nll)
+        for i, window in enumerate(windows(model, tokens, n_ctx, n_windows)):
+            reference = f16.reference(i, window) if with_kld else None
+            result.reference_nll.append(reference.nll if reference else f16.nll(i, window))
             advance("f16 reference")
+            if reference and noise_floor:
+                result.noise.append(f16.noise(i, window, reference))
+                advance("noise floor")
             for run in result.runs:
                 started = time.monotonic()
-                with Context(model, run.requested, n_ctx, n_threads) as context:
-                    run.windows.append(_run_window(context, window, first, reference))
+                with Context(model, run.requested, n_ctx, n_threads, n_batch=n_batch) as context:
+                    run.windows.append(_run_window(context, window, n_ctx // 2, reference))
                     run.cache_bytes = context.cache_bytes
                 run.seconds.append(time.monotonic() - started)
                 advance(str(run.effective))
@@ -185,46 +279,106 @@ def measure(
     return result
 
 
-def _ppl(nll: NDArray[np.float64]) -> float:
-    return float(np.exp(nll.mean())) if len(nll) else float("nan")
+def _n_batch(path: PathName) -> int | None:
+    """Of a Context."""
+    return 1 if path == "decode" else None
 
 
-def _summary(kld: NDArray[np.float64]) -> dict[str, float]:
-    if not len(kld):
-        return dict.fromkeys(("mean", "median", "p99", "p999", "max"), float("nan"))
-    median, p99, p999 = (float(p) for p in np.percentile(kld, (50, 99, 99.9)))
-    return {"mean": float(kld.mean()), "median": median, "p99": p99, "p999": p999, "max": float(kld.max())}
+def _noise_ubatch(n_ctx: int, path: PathName) -> int:
+    """Tokens per physical batch: on the other side of 64 than the reference's."""
+    return min(NOISE_UBATCH, n_ctx // 4) if path == "prefill" else min(MAX_UBATCH, n_ctx)
 
 
-def records(measurement: Measurement) -> list[dict[str, Any]]:
-    """One dict per cache, the objects of --json. Sizes in bytes, times in seconds, PPL and KLD in nats' terms;
-    `non_finite` counts the scored tokens whose logits were NaN or infinite, which no other number includes."""
+# --- records
+
+
+def records(measurement: Measurement) -> list[record.KldResult]:
+    """One record per cache, the objects of --json. `non_finite` counts the scored tokens whose logits were NaN or
+    infinite, which no other number includes."""
+    from turbokv import record
+
     n = measurement.n_windows
-    reference_nll = np.concatenate(measurement.reference_nll[:n])
-    out: list[dict[str, Any]] = []
+    text = record.Text(name=measurement.text.name, sha256=text_fingerprint(measurement.text.content))
+    noise_floor = _noise_floor(measurement)
+    out = []
     for run in measurement.runs:
-        all_scores = join(run.windows[:n])
-        finite = all_scores.finite
-        record: dict[str, Any] = {
-            "cache": str(run.effective),
-            "requested": str(run.requested),
-            "bits_k": bits_per_value(run.effective.k),
-            "bits_v": bits_per_value(run.effective.v),
-            "kv_bytes": run.cache_bytes,
-            "ppl": _ppl(all_scores.nll[finite]),
-            "ppl_f16": _ppl(reference_nll[finite & np.isfinite(reference_nll)]),
-        }
-        if measurement.with_kld:
-            kld = all_scores.kld[finite]
-            record["kld"] = {**_summary(kld), "ci95": list(bootstrap_ci95([w.kld[w.finite] for w in run.windows[:n]]))}
-            record["same_top"] = float(all_scores.same_top[finite].mean()) if finite.any() else float("nan")
-        record |= {
-            "non_finite": int((~finite).sum()),
-            "chunks": n,
-            "ctx": measurement.n_ctx,
-            "model": measurement.model,
-            "upstream_commit": native.build_info()["upstream_commit"],
-            "seconds": round(sum(run.seconds[:n]), 3),
-        }
-        out.append(record)
+        scores, f16 = run.windows[:n], measurement.reference_nll[:n]
+        finite = [window.finite for window in scores]
+        nll = [window.nll[mask] for window, mask in zip(scores, finite, strict=True)]
+        nll_f16 = [window[mask] for window, mask in zip(f16, finite, strict=True)]
+        delta = [own - other for own, other in zip(nll, nll_f16, strict=True)]
+        kld = [window.kld[mask] for window, mask in zip(scores, finite, strict=True)]
+        last = [window.kld[-LAST:][mask[-LAST:]] for window, mask in zip(scores, finite, strict=True)]
+        same_top = np.concatenate([window.same_top[mask] for window, mask in zip(scores, finite, strict=True)])
+        with_kld = measurement.with_kld
+        out.append(
+            record.KldResult(
+                kind="kld" if with_kld else "ppl",
+                cache=str(run.effective),
+                requested=str(run.requested),
+                bits_k=bits_per_value(run.effective.k),
+                bits_v=bits_per_value(run.effective.v),
+                kv_bytes=run.cache_bytes,
+                ppl=_ppl(np.concatenate(nll)),
+                ppl_f16=_ppl(np.concatenate(nll_f16)),
+                delta_nll=record.Estimate(mean=_mean(np.concatenate(delta)), ci95=_interval(delta)),
+                kld=_divergence(kld) if with_kld else None,
+                same_top=_mean(same_top) if with_kld else None,
+                last64=_divergence(last) if with_kld else None,
+                noise_floor=noise_floor,
+                non_finite=sum(int((~mask).sum()) for mask in finite),
+                ctx=measurement.n_ctx,
+                chunks=n,
+                path=measurement.path,
+                text=text,
+                model=measurement.model,
+                upstream_commit=native.build_info()["upstream_commit"],
+                seconds=round(sum(run.seconds[:n]), 3),
+            )
+        )
     return out
+
+
+def _noise_floor(measurement: Measurement) -> record.NoiseFloor | None:
+    from turbokv import record
+
+    if not measurement.noise:
+        return None
+    scores = join(measurement.noise[: measurement.n_windows])
+    finite = scores.finite
+    return record.NoiseFloor(
+        n_ubatch=_noise_ubatch(measurement.n_ctx, measurement.path),
+        mean_kld=_mean(scores.kld[finite]),
+        same_top=_mean(scores.same_top[finite]),
+    )
+
+
+def _divergence(windows: list[NDArray[np.float64]]) -> record.Divergence:
+    from turbokv import record
+
+    kld = np.concatenate(windows)
+    if not len(kld):
+        return record.Divergence(mean=None, ci95=None, median=None, trimmed_mean=None, p99=None, p999=None, max=None)
+    median, p99, p999 = (float(p) for p in np.percentile(kld, (50, 99, 99.9)))
+    return record.Divergence(
+        mean=_mean(kld),
+        ci95=_interval(windows),
+        median=median,
+        trimmed_mean=trimmed_mean(kld),
+        p99=p99,
+        p999=p999,
+        max=float(kld.max()),
+    )
+
+
+def _ppl(nll: NDArray[np.float64]) -> float | None:
+    return float(np.exp(nll.mean())) if len(nll) else None
+
+
+def _mean(values: NDArray[np.float64] | NDArray[np.bool_]) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _interval(windows: list[NDArray[np.float64]]) -> tuple[float, float] | None:
+    low, high = bootstrap_ci95(windows)
+    return None if math.isnan(low) else (low, high)

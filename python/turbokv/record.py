@@ -58,7 +58,7 @@ class Divergence(Base):
 class NoiseFloor(Base):
     """f16 against itself, computed in physical batches of another size: what is below it is rounding."""
 
-    n_ubatch: int
+    n_ubatch: int = Field(description="tokens per physical batch")
     mean_kld: float | None
     same_top: float | None
 

@@ -22,4 +22,4 @@ def measured(model_path: Path, text: str | None, caches: str, n_ctx: int, n_wind
             n_threads=engine.default_threads(),
             with_kld=True,
         )
-    return {record["cache"]: record for record in perplexity.records(measurement)}
+    return {record.cache: record.model_dump(mode="json") for record in perplexity.records(measurement)}

@@ -35,6 +35,12 @@ def turbokv(*arguments: str | Path, before: Callable[[], object] | None = None, 
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Reference windows go there, not into the user's cache."""
+    ENVIRONMENT["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def check_refused(run: Run, *words: str) -> None:
     """One line that says what is wrong, nothing measured."""
     assert run.returncode == 1
@@ -51,86 +57,6 @@ def strict_json(path: Path) -> Any:
         raise AssertionError(f"{constant} in {path.name}")
 
     return json.loads(path.read_text(), parse_constant=refuse)
-
-
-# --- results
-
-
-@pytest.fixture(scope="module")
-def kld(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[dict[str, Any]]]:
-    path = tmp_path_factory.mktemp("kld") / "kld.json"
-    run = turbokv("kld", "-c", "256", "--chunks", "2", "--cache", "f16,q4_0,turbo4/turbo3", "--json", path)
-    assert run.returncode == 0, run.stderr
-    return run, strict_json(path)
-
-
-KLD_KEYS = {"mean", "median", "p99", "p999", "max"}
-TYPES = {
-    "cache": str, "bits_k": float, "bits_v": float, "kv_bytes": int, "ppl": float, "ppl_f16": float, "kld": dict,
-    "same_top": float, "chunks": int, "ctx": int, "model": str, "upstream_commit": str, "seconds": float,
-}  # fmt: skip
-
-
-def test_json_has_every_key_with_its_type(kld: tuple[Run, list[dict[str, Any]]]) -> None:
-    _, records = kld
-    assert [record["cache"] for record in records] == ["f16/f16", "q4_0/q4_0", "turbo4/turbo3"]
-    for record in records:
-        assert {key: type(record.get(key)) for key in TYPES} == TYPES
-        assert record["kld"].keys() == KLD_KEYS | {"ci95"}
-        assert [*map(type, record["kld"]["ci95"])] == [float, float]
-        assert {type(record["kld"][key]) for key in KLD_KEYS} == {float}
-
-
-def test_json_values_belong_to_the_run(kld: tuple[Run, list[dict[str, Any]]]) -> None:
-    _, records = kld
-    f16 = records[0]
-    assert [(record["bits_k"], record["bits_v"]) for record in records] == [(16, 16), (4.5, 4.5), (4.125, 3.125)]
-    for record in records:
-        assert (record["chunks"], record["ctx"], record["model"]) == (2, 256, "mini-q8_0.gguf")
-        assert re.fullmatch(r"[0-9a-f]{40}", record["upstream_commit"])
-        assert record["seconds"] > 0
-        assert record["kv_bytes"] == f16["kv_bytes"] * (record["bits_k"] + record["bits_v"]) / 32
-        assert record["ppl_f16"] == f16["ppl"]
-        assert 0 <= record["kld"]["median"] <= record["kld"]["p99"] <= record["kld"]["p999"] <= record["kld"]["max"]
-        assert record["kld"]["ci95"][0] <= record["kld"]["mean"] <= record["kld"]["ci95"][1]
-    assert f16["kld"]["max"] == 0
-    assert f16["same_top"] == 1
-    assert all(record["kld"]["mean"] > 0 and 0.5 < record["same_top"] < 1 for record in records[1:])
-
-
-def test_table_has_the_numbers_of_the_json(kld: tuple[Run, list[dict[str, Any]]]) -> None:
-    run, records = kld
-    for record in records:
-        row = next(line.split() for line in run.stdout.splitlines() if line.strip().startswith(record["cache"]))
-        assert f"{record['ppl']:.3f}" in row
-        assert f"{record['kld']['mean']:.6f}" in row
-
-
-def test_ppl_is_kld_without_the_comparison(kld: tuple[Run, list[dict[str, Any]]], tmp_path: Path) -> None:
-    path = tmp_path / "ppl.json"
-    run = turbokv("ppl", "-c", "256", "--chunks", "2", "--cache", "f16,q4_0,turbo4/turbo3", "--json", path)
-    assert run.returncode == 0
-    assert "KLD" not in run.stdout
-    shared = TYPES.keys() - {"ppl_f16", "kld", "same_top", "seconds"}
-    records = strict_json(path)
-    assert [{key: record[key] for key in shared} for record in records] == [
-        {key: record[key] for key in shared} for record in kld[1]
-    ]
-    assert all("kld" not in record and "same_top" not in record for record in records)
-
-
-def test_effective_types_are_named_in_note_table_and_json(tmp_path: Path) -> None:
-    """The widest table there is: nothing of it may be cut off, also on a terminal of 80 columns."""
-    path = tmp_path / "bias.json"
-    arguments = ("-c", "256", "--chunks", "2", "--cache", "turbo3,turbo4/q8_0", "--json", path)
-    run = turbokv("kld", "-m", data.BIAS, *arguments, COLUMNS="80")
-    assert run.returncode == 0
-    names = ["turbo3_64/turbo3_64", "turbo4_64/q8_0"]
-    assert [record["cache"] for record in strict_json(path)] == names
-    assert "turbo3/turbo3 -> turbo3_64/turbo3_64" in run.stderr
-    assert "turbo4/q8_0 -> turbo4_64/q8_0" in run.stderr
-    assert [name for name in names if name not in run.stdout] == []
-    assert "…" not in run.stdout
 
 
 # --- refusals
@@ -281,7 +207,9 @@ def interrupted(line: str, *arguments: str | Path) -> Run:
 
 def test_ctrl_c_keeps_the_finished_windows(tmp_path: Path) -> None:
     path = tmp_path / "kld.json"
-    run = interrupted("[2/80]", "kld", "-c", "512", "--chunks", "40", "--cache", "f16", "--json", path)
+    run = interrupted(
+        "[2/80]", "kld", "-c", "512", "--chunks", "40", "--cache", "f16", "--no-noise-floor", "--json", path
+    )
     assert run.returncode == 130
     assert "Traceback" not in run.stderr
     (record,) = strict_json(path)
@@ -293,7 +221,8 @@ def test_ctrl_c_keeps_the_finished_windows(tmp_path: Path) -> None:
 
 def test_ctrl_c_before_the_first_window_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "kld.json"
-    run = interrupted("[1/8]", "kld", "-c", "1024", "--chunks", "4", "--cache", "turbo3", "--json", path)
+    arguments = ("-c", "1024", "--chunks", "4", "--cache", "turbo3", "--no-noise-floor", "--json", path)
+    run = interrupted("[1/8]", "kld", *arguments)
     assert run.returncode == 130
     assert run.stdout == ""
     assert "interrupted" in run.stderr
@@ -354,6 +283,7 @@ def test_help_of_a_command_shows_an_example(command: str) -> None:
     ("command", "words"),
     [
         ("kld", ["mean KLD", "95% CI", "same top", "rounding"]),
+        ("kld", ["noise floor", "dNLL", "last 64", "--path", "times slower"]),
         ("ppl", ["true next token", "turbokv kld"]),
         ("types", ["bits per value", "relative MSE"]),
         ("doctor", ["BAD", "exit code", "--deep", "--llama-source"]),
@@ -369,6 +299,7 @@ def test_turbokv_alone_shows_every_command() -> None:
     run = turbokv()
     assert [command for command in SUBCOMMANDS if not re.search(rf"│ {command}\b", run.stdout)] == []
     assert "A cache is written K/V" in run.stdout
+    assert re.search("Exit codes: 0 done, 1 .*, 3 .*130", " ".join(run.stdout.split()))
     assert run.stderr == ""
 
 

@@ -16,6 +16,7 @@ from turbokv import native, perplexity
 from turbokv.cache_type import CachePair, parse_pairs
 from turbokv.engine import Context, Model
 from turbokv.errors import TurbokvError
+from turbokv.record import KldResult
 from turbokv.spec import BY_NAME, FAMILIES
 
 CTX = 256
@@ -59,8 +60,14 @@ def klds(model: Model, names: list[str], tokens: NDArray[np.int32]) -> Klds:
         model, tokens, parse_pairs(",".join(names)), n_ctx=CTX, n_windows=1, n_threads=1, with_kld=True
     )
     records = perplexity.records(measurement)
-    assert not any(record["non_finite"] for record in records)
-    return {name: record["kld"]["mean"] for name, record in zip(names, records, strict=True)}
+    assert not any(record.non_finite for record in records)
+    return {name: mean_kld_of(record) for name, record in zip(names, records, strict=True)}
+
+
+def mean_kld_of(record: KldResult) -> float:
+    assert record.kld
+    assert record.kld.mean is not None
+    return record.kld.mean
 
 
 # --- the models are what they should be

@@ -83,9 +83,13 @@ def test_row_with_a_non_finite_logit_is_not_finite_and_touches_no_other(poison: 
 # --- records
 
 
+def as_json(measurement: Measurement) -> list[dict[str, Any]]:
+    return [record.model_dump(mode="json") for record in perplexity.records(measurement)]
+
+
 def record_of(window: Scores, reference_nll: NDArray[np.float64]) -> dict[str, Any]:
     run = CacheRun(F16, F16, windows=[window])
-    return perplexity.records(Measurement("model", 16, True, [run], [reference_nll]))[0]
+    return as_json(Measurement("model", 16, True, [run], [reference_nll]))[0]
 
 
 def test_non_finite_tokens_are_counted_and_in_no_other_number() -> None:
@@ -98,15 +102,51 @@ def test_non_finite_tokens_are_counted_and_in_no_other_number() -> None:
     assert clean.pop("non_finite") == 0
     assert record.pop("non_finite") == 3
     for counted in (record, clean):
-        counted["kld"].pop("ci95")  # its stretches start three tokens later
+        for estimate in ("kld", "delta_nll"):
+            counted[estimate].pop("ci95")  # its stretches start three tokens later
     assert record == clean
 
 
-def test_all_tokens_non_finite_gives_nan_and_no_crash() -> None:
+def test_all_tokens_non_finite_gives_null_and_no_crash() -> None:
     bad = np.full(20, np.nan)
     record = record_of(Scores(bad, bad, np.zeros(20, bool)), np.ones(20))
     assert record["non_finite"] == 20
-    assert np.isnan([record["ppl"], record["kld"]["mean"], record["kld"]["max"], record["same_top"]]).all()
+    assert {record["ppl"], record["same_top"], record["delta_nll"]["mean"], *record["kld"].values()} == {None}
+
+
+def test_every_estimate_is_taken_from_its_tokens() -> None:
+    """Three windows of 100 tokens; in the second the last token is not finite, and so only 63 of its last 64 count."""
+    random = np.random.default_rng(4)
+    reference = list(random.random((3, 100)))
+    scores = [
+        Scores(nll + random.normal(0, 0.1, 100), random.random(100) ** 4, np.ones(100, bool)) for nll in reference
+    ]
+    scores[1].nll[-1] = np.nan
+    run = CacheRun(F16, F16, windows=scores)
+    record = as_json(Measurement("model", 200, True, [run], reference, noise=scores))[0]
+    finite = [window.finite for window in scores]
+    kld = np.concatenate([window.kld[mask] for window, mask in zip(scores, finite, strict=True)])
+    delta = np.concatenate([(w.nll - r)[mask] for w, r, mask in zip(scores, reference, finite, strict=True)])
+    last = np.concatenate([window.kld[36:][mask[36:]] for window, mask in zip(scores, finite, strict=True)])
+    assert (len(kld), len(last)) == (299, 191)
+    assert record["delta_nll"]["mean"] == pytest.approx(delta.mean(), rel=1e-12)
+    assert record["delta_nll"]["ci95"][0] < delta.mean() < record["delta_nll"]["ci95"][1]
+    for name, values in (("kld", kld), ("last64", last)):
+        found = record[name]
+        cut = len(values) // 100
+        assert found["mean"] == pytest.approx(values.mean(), rel=1e-12)
+        assert found["trimmed_mean"] == pytest.approx(np.sort(values)[cut : len(values) - cut].mean(), rel=1e-12)
+        assert [found[key] for key in ("median", "p99", "p999")] == list(np.percentile(values, (50, 99, 99.9)))
+        assert found["max"] == values.max()
+        assert found["ci95"][0] < found["mean"] < found["ci95"][1]
+    assert record["noise_floor"] == {"n_ubatch": 32, "mean_kld": kld.mean(), "same_top": 1}
+
+
+def test_few_tokens_have_a_mean_without_an_interval() -> None:
+    few = Scores(np.ones(8), np.ones(8), np.ones(8, bool))
+    record = record_of(few, np.ones(8))
+    assert record["kld"]["mean"] == 1
+    assert record["kld"]["ci95"] is record["delta_nll"]["ci95"] is None
 
 
 # --- windows
@@ -158,7 +198,7 @@ def model_path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(model_path: Path) -> list[dict[str, Any]]:
-    return perplexity.records(measured(model_path, "f16,q4_0"))
+    return as_json(measured(model_path, "f16,q4_0"))
 
 
 def test_f16_diverges_from_f16_by_exactly_zero(ours: list[dict[str, Any]]) -> None:
@@ -189,7 +229,7 @@ def test_several_batches_give_nearly_the_same_perplexity(
     """100 does not divide the window: a short last batch, and one that crosses the first scored position.
     Other matrix shapes round differently, which moved the PPL by 1.3e-4 at most."""
     monkeypatch.setattr(engine, "MAX_BATCH", 100)
-    f16, q4_0 = perplexity.records(measured(model_path, "f16,q4_0"))
+    f16, q4_0 = as_json(measured(model_path, "f16,q4_0"))
     assert f16["kld"]["max"] == 0.0
     assert f16["ppl"] == pytest.approx(ours[0]["ppl"], rel=5e-4)
     assert q4_0["ppl"] == pytest.approx(ours[1]["ppl"], rel=5e-4)
@@ -223,7 +263,7 @@ def test_interrupted_run_has_the_windows_that_all_caches_finished(
     """Three passes a window: the reference, f16, q8_0."""
     cut = measured(data.MINI, "f16,q8_0", **SHORT, advance=interrupt_after(passes))
     assert cut.n_windows == finished
-    for record, run in zip(perplexity.records(cut), whole.runs, strict=True):
+    for record, run in zip(as_json(cut), whole.runs, strict=True):
         nll = np.concatenate([window.nll for window in run.windows[:finished]])
         assert record["ppl"] == np.exp(nll.mean())
         assert record["chunks"] == finished

@@ -15,7 +15,7 @@ from tiny_models import write_llama
 from turbokv import data, native, perplexity
 from turbokv.cache_type import CachePair, parse_pairs
 from turbokv.engine import Context, Model
-from turbokv.errors import TurbokvError
+from turbokv.errors import CacheRefused, TurbokvError
 from turbokv.server import Server
 
 TinyModel = Callable[[int], Path]
@@ -39,7 +39,10 @@ def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
 
 
 def kld(model: Path, k: str, v: str) -> list[str | Path]:
-    return [sys.executable, "-m", "turbokv", "kld", "-m", model, "-c", "64", "--chunks", "1", "--cache", f"{k}/{v}"]
+    return [
+        *(sys.executable, "-m", "turbokv", "kld", "--no-reference-cache", "-m", model),
+        *("-c", "64", "--chunks", "1", "--cache", f"{k}/{v}"),
+    ]
 
 
 def llama_bench(model: Path, k: str, v: str) -> list[str | Path]:
@@ -49,6 +52,7 @@ def llama_bench(model: Path, k: str, v: str) -> list[str | Path]:
 # Not llama-perplexity: it exits without flushing its log, and loses the message now and then.
 commands = pytest.mark.parametrize("command", [kld, llama_bench])
 Command = Callable[[Path, str, str], list[str | Path]]
+EXIT_CODE: dict[Command, int] = {kld: 3, llama_bench: 1}
 
 
 # --- heads that llama.cpp does not rotate
@@ -61,8 +65,14 @@ def test_heads_that_are_not_rotated_are_refused_with_the_types_that_work(
     command: Command, k: str, v: str, side: str, head_dim: int, tiny_model: TinyModel
 ) -> None:
     refused = run(command(tiny_model(head_dim), k, v))
-    assert refused.returncode == 1, refused.stderr  # an error exit, not a signal
+    assert refused.returncode == EXIT_CODE[command], refused.stderr  # an error exit, not a signal
     assert f"turbokv: {side} cache type {REFUSAL}{WORKING[head_dim]}" in refused.stderr
+
+
+def test_upstream_type_whose_block_does_not_fit_is_refused_too(tiny_model: TinyModel) -> None:
+    refused = run(kld(tiny_model(80), "q4_0", "f16"))
+    assert refused.returncode == 3
+    assert "q4_0 with block size 32 does not divide" in refused.stderr
 
 
 @commands
@@ -91,7 +101,7 @@ def test_server_refuses_what_it_cannot_rotate_and_serves_f16(tiny_model: TinyMod
 
 def test_refused_measurement_leaves_no_file(tiny_model: TinyModel, tmp_path: Path) -> None:
     refused = run([*kld(tiny_model(80), "turbo3", "turbo3"), "--json", tmp_path / "kld.json"])
-    assert refused.returncode == 1
+    assert refused.returncode == 3
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,7 +122,7 @@ def test_unrotated_is_refused(k: str, v: str, side: str, monkeypatch: pytest.Mon
         Server(data.MINI, ["--cache-type-k", k, "--cache-type-v", v, "--ctx-size", "128"])
     for command in (kld, llama_bench):
         refused = run(command(data.MINI, k, v))
-        assert refused.returncode == 1, refused.stderr
+        assert refused.returncode == EXIT_CODE[command], refused.stderr
         assert message in refused.stderr
 
 
@@ -154,7 +164,7 @@ def test_tbq_is_refused_where_its_block_does_not_fit(command: Command, head_dim:
         f"{head_dim}. Types that work here: {rotated if head_dim % 64 == 0 else ''}f16, bf16\n"
     )
     refused = run(command(tiny_model(head_dim), "f16", "tbq3"))
-    assert refused.returncode == 1, refused.stderr
+    assert refused.returncode == EXIT_CODE[command], refused.stderr
     assert message in refused.stderr
 
 
@@ -185,7 +195,7 @@ def finite_logits(path: Path, name: str) -> bool:
 def test_architectures_without_rotation_are_refused(name: str, reason: str, architectures: Path) -> None:
     path = architectures / f"{name}.gguf"
     assert finite_logits(path, "q8_0")
-    with pytest.raises(TurbokvError, match=reason):
+    with pytest.raises(CacheRefused, match=reason):
         finite_logits(path, "turbo3")
 
 
@@ -245,5 +255,5 @@ def test_every_head_size_decodes_what_it_encoded(head_dim: int, name: str, tiny_
         measured = perplexity.measure(
             model, tokens, parse_pairs(f"q4_0,{name}"), n_ctx=256, n_windows=1, n_threads=1, with_kld=True
         )
-    q4_0, ours = (record["kld"]["mean"] for record in perplexity.records(measured))
+    q4_0, ours = (record.model_dump()["kld"]["mean"] for record in perplexity.records(measured))
     assert 0 < ours < 2 * q4_0

@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import json
-import math
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import rich.box
 import typer
 from rich.table import Table
 
-from turbokv import cache_type, data, engine, perplexity
-from turbokv.commands.options import DEFAULT_CACHES, CacheOption, ModelOption, ThreadsOption
+from turbokv import cache_type, data, diagnosis, engine, perplexity, reference
+from turbokv.commands.options import (
+    DEFAULT_CACHES,
+    CacheOption,
+    ChunksOption,
+    CtxOption,
+    ModelOption,
+    TextOption,
+    ThreadsOption,
+)
 from turbokv.errors import TurbokvError
-from turbokv.terminal import deliver, err, nan_to_null, progress
+from turbokv.terminal import deliver, err, progress
 
-TextOption = Annotated[
-    str | None,
+if TYPE_CHECKING:
+    from turbokv.record import Interval, KldResult
+
+
+class TokenPath(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+PathOption = Annotated[
+    TokenPath,
     typer.Option(
-        "--text", "-f", help="Text file, or `wikitext2` (downloaded and checked).", show_default="the built-in sample"
+        "--path",
+        help="`prefill` gives the model many tokens at a time, `decode` one, as generation does: other code runs then. "
+        "The reference goes the same way, so that the difference of the ways is not in the numbers. Four to fifteen "
+        "times slower on a CPU; use it to see that generation is as good as the rest says.",
     ),
 ]
-CtxOption = Annotated[
-    int,
-    typer.Option(
-        "--ctx", "-c", help="Tokens per window; the second half of each is scored. Best the length that you will use."
-    ),
-]
-ChunksOption = Annotated[int, typer.Option("--chunks", help="Windows to measure; -1 means all that the text has.")]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write the results to this file, a list with one object per cache.")
 ]
@@ -41,20 +54,55 @@ def kld(
     chunks: ChunksOption = 4,
     cache: CacheOption = DEFAULT_CACHES,
     threads: ThreadsOption = 0,
+    path: PathOption = TokenPath.PREFILL,
+    noise_floor: Annotated[
+        bool,
+        typer.Option("--noise-floor/--no-noise-floor", help="Run f16 once more, in other batches, to show rounding."),
+    ] = True,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="More columns: trimmed mean, 99%, largest, and the last 64 positions.")
+    ] = False,
+    reference_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference-cache",
+            metavar="DIR",
+            help="Folder in which the f16 reference is kept for the next run, up to 10 GiB; what was not used for "
+            "longest goes first.",
+            show_default="~/.cache/turbokv/reference",
+        ),
+    ] = None,
+    no_reference_cache: Annotated[
+        bool, typer.Option("--no-reference-cache", help="Compute the f16 reference again and keep nothing.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Perplexity, and KL divergence from the f16 cache, of every cache on the same windows.
 
     How to read it: `mean KLD` says in nats how far the predictions move from those with an f16 cache; compare it with
-    that of q8_0 and q4_0, which many people use. Below 0.0003 it is rounding. `99.9%` is how bad the worst tokens
-    get, `same top` how often the most likely token stays the same. Caches whose `95% CI` overlap need more windows to
-    be told apart.
+    that of q8_0 and q4_0, which many people use. `99.9%` is how bad the worst tokens get, `same top` how often the
+    most likely token stays the same. `dNLL` is the loss that the true text shows, log(PPL / PPL of f16), token by
+    token; behind it the half width of its 95% interval. Caches whose `95% CI` overlap need more windows to be told
+    apart; from 8 windows on, the intervals know how much windows differ from each other.
 
-    The f16 reference always runs; an `f16` among the caches is a second run of it and shows the noise floor.
+    The line below the table is the noise floor: f16 against itself, with its sums in another order. What is not above
+    it is rounding. An `f16` among the caches is the same computation twice: its divergence has to be exactly 0.
+
+    --wide adds `trimmed`, the mean without the largest 1 % and the smallest 1 % of the tokens: far below the mean, it
+    says that few tokens do the damage. `last 64` is the mean over the last 64 positions of every window: above the
+    mean, it says that damage grows with the length.
+
+    The f16 reference is computed once per model, text, --ctx, --path, --threads and build, and kept on disk.
 
     Example: `turbokv kld -m model.gguf -f book.txt -c 4096 --chunks 8 --cache f16,q8_0,turbo4/turbo3 --json kld.json`
     """
-    _run(model, text, ctx, chunks, cache, threads, json_file, with_kld=True)
+    if no_reference_cache and reference_cache:
+        raise TurbokvError("--reference-cache names a folder and --no-reference-cache uses none: give one of the two")
+    directory = None if no_reference_cache else reference_cache or reference.default_directory()
+    _run(
+        model, text, ctx, chunks, cache, threads, path, json_file,
+        with_kld=True, noise_floor=noise_floor, wide=wide, directory=directory,
+    )  # fmt: skip
 
 
 def ppl(
@@ -64,16 +112,22 @@ def ppl(
     chunks: ChunksOption = 4,
     cache: CacheOption = DEFAULT_CACHES,
     threads: ThreadsOption = 0,
+    path: PathOption = TokenPath.PREFILL,
     json_file: JsonOption = None,
 ) -> None:
     """Perplexity of every cache on the same windows: the numbers that other people publish.
 
     It only looks at the true next token, and errors up and down cancel, so it hides damage that KL divergence shows:
-    judge a cache by `turbokv kld`. Compare perplexities of the same model, text and --ctx only.
+    judge a cache by `turbokv kld`. Compare perplexities of the same model, text and --ctx only. `dNLL` is
+    log(PPL / PPL of f16), token by token, with the half width of its 95% interval: if that is larger than the value,
+    the two perplexities do not differ.
 
     Example: `turbokv ppl -m model.gguf -f wikitext2 -c 2048 --chunks -1 --cache f16,turbo3`
     """
-    _run(model, text, ctx, chunks, cache, threads, json_file, with_kld=False)
+    _run(
+        model, text, ctx, chunks, cache, threads, path, json_file,
+        with_kld=False, noise_floor=False, wide=False, directory=None,
+    )  # fmt: skip
 
 
 def _run(
@@ -83,42 +137,63 @@ def _run(
     chunks: int,
     cache: str,
     threads: int,
+    path: TokenPath,
     json_file: Path | None,
     *,
     with_kld: bool,
+    noise_floor: bool,
+    wide: bool,
+    directory: Path | None,  # of the reference; None keeps it in memory
 ) -> None:
     pairs = cache_type.parse_pairs(cache)
     if chunks == 0 or chunks < -1:
         raise TurbokvError(f"--chunks {chunks} measures nothing: give a number of windows, or -1 for all")
     if json_file:
         data.check_writable(json_file)
-    content = data.read_text(text)
+    passage = perplexity.Passage("sample" if text is None else Path(text).name, data.read_text(text))
+    n_threads = threads or engine.default_threads()
     try:
         with engine.interrupts.deferred(), engine.Model(model) as loaded:
-            tokens = loaded.tokenize(content)
+            tokens = loaded.tokenize(passage.content)
             n_windows = len(perplexity.windows(loaded, tokens, ctx, chunks))
             _notes(loaded, pairs, ctx, n_windows, chunks, with_kld=with_kld)
-            with progress(n_windows * (len(pairs) + 1)) as advance:
+            if lost := diagnosis.text_lost(loaded, tokens[: n_windows * ctx], passage.content):
+                _note(f"note: {lost}")
+            store = None
+            if directory:
+                key = reference.key(model, passage.content, n_ctx=ctx, path=path.value, n_threads=n_threads)
+                store = reference.Store(directory, key, _note)
+            with progress(n_windows * (len(pairs) + 1 + noise_floor)) as advance:
                 measurement = perplexity.measure(
                     loaded,
                     tokens,
                     pairs,
                     n_ctx=ctx,
                     n_windows=chunks,
-                    n_threads=threads or engine.default_threads(),
+                    n_threads=n_threads,
                     with_kld=with_kld,
+                    path=path.value,
+                    noise_floor=noise_floor,
+                    text=passage,
+                    store=store,
                     advance=advance,
                 )
             results = perplexity.records(measurement)
     except KeyboardInterrupt:
-        err.print("turbokv: interrupted before the first window was finished; nothing to report")
+        kept = "; finished windows of the f16 reference are kept" if directory else ""
+        err.print(f"turbokv: interrupted before the first window was finished; nothing to report{kept}")
         raise typer.Exit(130) from None
-    deliver([_table(results, with_kld)], json.dumps(nan_to_null(results), indent=2) + "\n", json_file)
-    if any(record["non_finite"] for record in results):
+    content = json.dumps([result.model_dump(mode="json") for result in results], indent=2, allow_nan=False) + "\n"
+    deliver([_table(results, wide=wide)], content, json_file)
+    if any(result.non_finite for result in results):
         err.print("warning: some logits were NaN or infinite; those tokens are counted (column bad) and left out")
     if measurement.n_windows < n_windows:
         err.print(f"interrupted: the table covers {measurement.n_windows} of {n_windows} windows")
         raise typer.Exit(130)
+
+
+def _note(text: str) -> None:
+    err.print(text, markup=False)
 
 
 def _notes(
@@ -126,35 +201,73 @@ def _notes(
 ) -> None:
     """What the user should know before the run, on stderr."""
     if n_windows < chunks:
-        err.print(f"the text has only {n_windows} windows of {ctx} tokens; measuring those")
+        _note(f"the text has only {n_windows} windows of {ctx} tokens; measuring those")
     if ctx > model.n_ctx_train:
-        err.print(f"note: {model.path.name} was trained on contexts of {model.n_ctx_train} tokens, not {ctx}")
-    reference_gib = (ctx - ctx // 2) * model.n_vocab * 4 / 2**30
+        _note(f"note: {model.path.name} was trained on contexts of {model.n_ctx_train} tokens, not {ctx}")
+    reference_gib = (ctx - ctx // 2) * model.n_vocab * 2 / 2**30
     if with_kld and reference_gib > 2:
-        err.print(f"note: the reference logits of a window take {reference_gib:.1f} GiB of memory")
+        _note(f"note: the reference of a window takes {reference_gib:.1f} GiB of memory")
     for pair in pairs:
         if (effective := model.effective(pair)) != pair:
-            err.print(f"{pair} -> {effective} for the head size of {model.path.name}")
+            _note(f"{pair} -> {effective} for the head size of {model.path.name}")
 
 
-def _table(results: list[dict[str, Any]], with_kld: bool) -> Table:
+def _table(results: list[KldResult], *, wide: bool) -> Table:
     first = results[0]
-    plural = "s" * (first["chunks"] != 1)
-    title = f"{first['model']}, {first['chunks']} window{plural} of {first['ctx']} tokens"
-    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
-    table.add_column("cache K/V", no_wrap=True)
-    names = ["bits K/V", "KV MiB", "PPL", *(("mean KLD", "95% CI", "median", "99.9%", "same top") if with_kld else ())]
-    bad = any(record["non_finite"] for record in results)
-    for name in names + ["bad"] * bad:
-        table.add_column(name, justify="right", no_wrap=True)
-    for record in results:
-        row = [record["cache"], f"{record['bits_k']:g}/{record['bits_v']:g}", f"{record['kv_bytes'] / 2**20:.2f}"]
-        row.append(f"{record['ppl']:.3f}")
-        if with_kld:
-            kld = record["kld"]
-            low, high = kld["ci95"]
-            row.append(f"{kld['mean']:.6f}")
-            row.append("-" if math.isnan(low) else f"{low:.6f}..{high:.6f}")
-            row += [f"{kld['median']:.6f}", f"{kld['p999']:.4f}", f"{100 * record['same_top']:.2f} %"]
-        table.add_row(*row, *[str(record["non_finite"])] * bad)
+    plural = "s" * (first.chunks != 1)
+    way = ", token by token" if first.path == "decode" else ""
+    title = f"{first.model}, {first.chunks} window{plural} of {first.ctx} tokens{way}"
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, caption_justify="left", caption_style="")
+    columns = [_columns(result, wide=wide) for result in results]
+    if any(result.non_finite for result in results):
+        for column, result in zip(columns, results, strict=True):
+            column["bad"] = str(result.non_finite)
+    for name in columns[0]:
+        table.add_column(name, justify="left" if name == "cache K/V" else "right", no_wrap=True)
+    for column in columns:
+        table.add_row(*column.values())
+    if floor := first.noise_floor:
+        table.caption = (
+            f"noise floor, f16 in batches of {floor.n_ubatch}: mean KLD {_number(floor.mean_kld, 6)}, "
+            f"same top {_percent(floor.same_top)}"
+        )
     return table
+
+
+def _columns(result: KldResult, *, wide: bool) -> dict[str, str]:
+    """Text of a row by the name of its column."""
+    delta = result.delta_nll
+    half = (delta.ci95[1] - delta.ci95[0]) / 2 if delta.ci95 else None
+    columns = {
+        "cache K/V": result.cache,
+        "bits K/V": f"{result.bits_k:g}/{result.bits_v:g}",
+        "KV MiB": f"{result.kv_bytes / 2**20:.2f}",
+        "PPL": _number(result.ppl, 3),
+        "dNLL": f"{_number(delta.mean, 5)} ±{_number(half, 5)}",
+    }
+    if kld := result.kld:
+        columns |= {"mean KLD": _number(kld.mean, 6), "95% CI": _interval(kld.ci95, 6)}
+        if wide:
+            columns["trimmed"] = _number(kld.trimmed_mean, 6)
+        columns["median"] = _number(kld.median, 6)
+        if wide:
+            columns["99%"] = _number(kld.p99, 4)
+        columns["99.9%"] = _number(kld.p999, 4)
+        if wide:
+            columns["max"] = _number(kld.max, 4)
+        if wide and result.last64:
+            columns["last 64"] = _number(result.last64.mean, 6)
+        columns["same top"] = _percent(result.same_top)
+    return columns
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(ends: Interval | None, digits: int) -> str:
+    return f"{ends[0]:.{digits}f}..{ends[1]:.{digits}f}" if ends else "-"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
