@@ -95,9 +95,12 @@ def default_threads() -> int:
 
 
 class Model(Closing):
-    """A GGUF model, loaded once and shared by the contexts of all caches. Use as a context manager."""
+    """A GGUF model, loaded once and shared by the contexts of all caches. Use as a context manager.
 
-    def __init__(self, path: Path) -> None:
+    With no_alloc only the header is read and nothing can be computed: for sizes, see memory.py.
+    """
+
+    def __init__(self, path: Path, *, no_alloc: bool = False) -> None:
         if not path.is_file():
             raise TurbokvError(f"there is no model at {path}")
         self.path = path
@@ -105,6 +108,8 @@ class Model(Closing):
         log.install()
         log.clear()
         params = self._lib.llama_model_default_params()
+        if no_alloc:
+            params.no_alloc, params.load_mode = True, 0  # LLAMA_LOAD_MODE_NONE: nothing to map
         self.handle = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             raise TurbokvError(

@@ -145,6 +145,8 @@ class SpeedSample(Base):
     round: int
     pp: float | None
     tg: float | None
+    peak_bytes: int | None = Field(default=None, description="largest resident memory of the measuring process")
+    joules: float | None = Field(default=None, description="of the whole machine while the process ran")
 
 
 class SpeedResult(Base):
@@ -161,8 +163,14 @@ class SpeedResult(Base):
     rounds: int
     samples: list[SpeedSample]
     peak_bytes: int | None = Field(default=None, description="largest resident memory of the measuring process")
-    kv_bytes: int | None = Field(default=None, description="bytes of the K and V tensors for the tokens that it holds")
-    joules_per_token: float | None = Field(default=None, description="of generation, where the platform tells it")
+    kv_bytes: int | None = Field(
+        default=None, description="bytes of the cache that llama.cpp allocates for depth + max(n_prompt, n_gen) tokens"
+    )
+    joules_per_token: float | None = Field(
+        default=None,
+        description="energy of CPU packages and GPUs while llama-bench ran, over all tokens that it computed: loading, "
+        "filling the cache, prompt and generation together; null where the platform does not tell",
+    )
     error: str | None = Field(description="why the cell was given up; null if it was not")
     model: str
     cpu: str
@@ -172,26 +180,50 @@ class SpeedResult(Base):
     seed: int
 
 
-class ServerResult(Cache):
+class ServerSample(Base):
+    round: int
+    tokens_per_second: float
+    prompt_tokens_per_second: float
+    latencies: list[float] = Field(description="seconds per request, in the order of sending")
+    peak_bytes: int | None
+    joules: float | None
+
+
+class ServerResult(Base):
     """`turbokv speed --parallel`: llama-server over HTTP, `parallel` requests at a time."""
 
     kind: Literal["server"] = "server"
+    cache: str = Field(description="as asked for, K/V")
     parallel: int
     n_prompt: int
     n_gen: int
-    requests: int
-    tokens_per_second: float = Field(description="generated tokens of all requests / time from first to last")
-    prompt_tokens_per_second: float
-    ratio_f16: float | None
+    requests: int = Field(description="per round")
+    tokens_per_second: float | None = Field(
+        description="generated tokens of all requests / time from first to last, prompts included; geometric mean"
+    )
+    ci95: Interval | None
+    prompt_tokens_per_second: float | None = Field(
+        description="of one request while the others run beside it: median in a round, geometric mean over rounds"
+    )
+    ratio_f16: float | None = Field(description="tokens_per_second / that of f16 in the same round")
     ratio_ci95: Interval | None
-    latency_p50: float = Field(description="seconds per request")
-    latency_p95: float
+    latency_p50: float | None = Field(description="seconds per request, over all rounds")
+    latency_p95: float | None
     rounds: int
+    samples: list[ServerSample]
     peak_bytes: int | None
+    kv_bytes: int | None = Field(description="bytes of the cache that llama.cpp allocates for all slots")
+    joules_per_token: float | None = Field(
+        description="energy of CPU packages and GPUs over the generated tokens, prompts included"
+    )
     error: str | None
     model: str
     threads: int
+    cpu: str
+    OMP_WAIT_POLICY: str
     upstream_commit: str
+    build: str
+    seed: int
 
 
 class Refusal(Base):

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from scipy import stats
 from tiny_models import write_llama
-from turbokv import cache_type, cli, data, native, speed
+from turbokv import bench, cache_type, cli, data, native, speed
+from turbokv.cell import Cell, CellFailed, Plan
 from turbokv.errors import TurbokvError
-from turbokv.speed import Cell, Plan, Sample
+from turbokv.samples import Sample
 
 FAKE = """#!{python} -IS
 import json, os, signal, sys, time
@@ -436,8 +437,8 @@ def test_without_f16_there_is_no_ratio(fake: Fake, turbokv: Turbokv) -> None:
 def test_reason_of_a_failed_cell(fake: Fake, behaviour: str, words: list[str]) -> None:
     fake.behaves(behaviour)
     timeout = 0.2 if "sleep" in behaviour else None
-    with pytest.raises(speed.CellFailed) as failed:
-        speed.bench(plan(model=fake.model, timeout=timeout), Cell("f16/f16", 0))
+    with pytest.raises(CellFailed) as failed:
+        bench.bench(plan(model=fake.model, timeout=timeout), Cell("f16/f16", 0))
     assert [word for word in words if word not in str(failed.value)] == []
 
 
