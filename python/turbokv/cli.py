@@ -11,6 +11,7 @@ from turbokv import __version__
 from turbokv.commands import testbed
 from turbokv.commands.doctor import doctor
 from turbokv.commands.kld import kld, ppl
+from turbokv.commands.recommend import recommend_command
 from turbokv.commands.report import report
 from turbokv.commands.results import results
 from turbokv.commands.serve import PASSED_ON, serve
@@ -32,11 +33,12 @@ app = typer.Typer(
 
     To begin: `turbokv doctor` (is the build sound?), `turbokv types` (what is there to choose from?),
     `turbokv kld -m model.gguf` (what does each choice cost on my model?), `turbokv speed -m model.gguf` (how fast is
-    it?), `turbokv report results` (a page of all that),
-    `turbokv serve -m model.gguf` (use it).""",
+    it?), `turbokv report results` (a page of all that), `turbokv recommend -m model.gguf --memory 24GiB` (which cache
+    fits, and is best?), `turbokv serve -m model.gguf` (use it).""",
 )
 for command in (kld, ppl, speed, sweep, results, report, types, doctor):
     app.command()(command)
+app.command("recommend")(recommend_command)
 app.command(context_settings=PASSED_ON)(serve)
 app.add_typer(testbed.app, name="testbed")
 

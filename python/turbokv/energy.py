@@ -61,7 +61,7 @@ def packages(powercap: Path = POWERCAP) -> list[Counter]:
 def gpus() -> list[Counter]:
     """One counter per NVIDIA GPU that this process sees. Empty where there is none, or none that counts energy."""
     try:
-        import pynvml  # type: ignore[import-untyped]
+        import pynvml
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]

@@ -283,3 +283,65 @@ class Record(Base):
     environment: Environment
     build: Build
     result: Result
+
+
+# --- advice: made of results, never a line of runs.jsonl
+
+
+class Candidate(Base):
+    """One cache in `turbokv recommend`. Bytes are llama.cpp's own for this model; null where it refuses the cache."""
+
+    requested: str = Field(description="as asked for, K/V")
+    cache: str | None = Field(description="effective types, K/V")
+    refused: str | None = Field(description="why the model does not take it; null if it does")
+    kv_bytes: int | None = None
+    compute_bytes: int | None = None
+    total_bytes: int | None = Field(default=None, description="weights + kv + compute")
+    fits: bool = False
+    longest_ctx: int | None = Field(
+        default=None, description="most tokens per request that fit, looked for up to ctx and the trained context"
+    )
+    kld: Estimate | None = Field(default=None, description="mean KLD, measured on this model; f16's is 0 by definition")
+    tg_ratio_f16: float | None = Field(default=None, description="generation, measured on this model")
+    tg_ratio_ci95: Interval | None = None
+
+
+class KldSource(Base):
+    """The measurements that `kld` of all candidates comes from: one text, one window size."""
+
+    ctx: int
+    chunks: int
+    path: str
+    text: Text
+
+
+class SpeedSource(Base):
+    """The machine and depth that the ratios of all candidates come from."""
+
+    depth: int
+    threads: int
+    cpu: str
+    here: bool = Field(description="whether that CPU is this machine's")
+
+
+class Recommendation(Base):
+    """`turbokv recommend --json`."""
+
+    kind: Literal["recommendation"] = "recommendation"
+    model: str
+    fingerprint: str
+    architecture: str
+    parameters: int
+    n_ctx_train: int
+    memory: int
+    ctx: int = Field(description="tokens per request")
+    parallel: int = Field(description="requests at a time, each with its own ctx tokens")
+    weights_bytes: int
+    kld_source: KldSource | None
+    speed_source: SpeedSource | None
+    candidates: list[Candidate] = Field(
+        description="those that fit, best first; then the others by bytes; refused last"
+    )
+    recommended: str | None = Field(description="null if none fits")
+    command: str | None
+    upstream_commit: str
