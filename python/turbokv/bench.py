@@ -15,7 +15,7 @@ from turbokv.cell import Cell, CellFailed, Plan
 from turbokv.energy import Meter
 from turbokv.errors import TurbokvError
 
-POLL = 0.05  # seconds between two looks at the process
+POLL = 0.05  # seconds between two looks at the process; less at its start
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Measured:
 
 def peak_bytes(pid: int) -> int | None:
     """Largest resident memory so far of a running process, mapped pages of the model included; None where the
-    platform has no /proc. (wait4's ru_maxrss is no smaller than that of the process that forked it: of no use.)"""
+    platform has no /proc. (wait4's ru_maxrss is no smaller than that of the process that forked it: of no use.)
+    Whoever looks now and then misses what a process takes between the last look and its end."""
     try:
         found = re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     except OSError:
@@ -81,6 +82,7 @@ def _run(command: list[str], timeout: float | None, meter: Meter | None) -> tupl
     except OSError as error:
         raise TurbokvError(f"{command[0]} cannot be started: {error.strerror}. Is it being rebuilt?") from error
     try:
+        delay = POLL / 25
         while True:
             peak = max(filter(None, (peak, peak_bytes(process.pid))), default=None)
             if meter:
@@ -88,10 +90,10 @@ def _run(command: list[str], timeout: float | None, meter: Meter | None) -> tupl
             if timeout is not None and time.monotonic() - started > timeout:
                 raise CellFailed(f"not finished within --timeout {timeout:g} seconds")
             try:
-                output, errors = process.communicate(timeout=POLL)
+                output, errors = process.communicate(timeout=delay)
                 return process.returncode, output, errors, peak
             except subprocess.TimeoutExpired:
-                continue
+                delay = min(2 * delay, POLL)
     except BaseException:
         process.kill()
         process.communicate()

@@ -100,6 +100,11 @@ class Server(Closing):
             reply: dict[str, Any] = json.load(response)
             return reply
 
+    def kill(self) -> None:
+        """Ends it at once; close() is still to be called."""
+        self._process.kill()
+        self._process.wait()
+
     def close(self) -> None:
         self._process.terminate()
         try:

@@ -65,15 +65,12 @@ def serve(plan: Plan, cell: Cell, round_number: int, meter: Meter | None = None)
         with ThreadPoolExecutor(cell.parallel) as clients, Server(plan.model, arguments(plan, cell), left()) as server:
             try:
                 return _load(plan, cell, round_number, server, clients, left, meter)
-            except urllib.error.HTTPError as error:
-                raise CellFailed(f"llama-server answered {error.code}: {_message(error)}") from None
-            except TimeoutError:
-                raise CellFailed(f"not finished within --timeout {plan.timeout or 0:g} seconds") from None
-            except (OSError, http.client.HTTPException) as error:  # URLError too
-                how = f"ended {ended}" if (ended := server.ended()) else f"stopped answering ({error})"
-                raise CellFailed(f"llama-server {how}: {first_error(server.log())}") from None
-            except (KeyError, TypeError, ValueError) as error:
-                raise CellFailed(f"llama-server gave an answer that is not understood: {error!r}") from None
+            except BaseException as error:
+                reason = _reason(error, plan, server)
+                server.kill()  # others still wait for answers, and a server that is asked to stop then may never do so
+                if reason is None:
+                    raise
+                raise CellFailed(reason) from None
     except TurbokvError as error:
         first, _, log = str(error).partition("\n")
         raise CellFailed(f"{first} {first_error(log)}" if log else first) from None
@@ -97,7 +94,11 @@ def _load(
         """Seconds until the whole answer was there, and the prompt's tokens/s by the server's clock."""
         request = {"prompt": prompt, "n_predict": n_gen, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
         sent = time.monotonic()
-        reply = server.post("/completion", request, left())
+        try:
+            reply = server.post("/completion", request, left())
+        except urllib.error.HTTPError as error:
+            with error:  # an answer that is left unread keeps the server from stopping
+                raise CellFailed(f"llama-server answered {error.code}: {_message(error)}") from None
         seconds = time.monotonic() - sent
         if (reply["tokens_evaluated"], reply["tokens_predicted"]) != (len(prompt), n_gen):
             raise CellFailed(
@@ -127,6 +128,18 @@ def _load(
         joules=joules_after - joules_before if joules_after is not None and joules_before is not None else None,
         latencies=[round(latency, 6) for latency, _ in answers],
     )
+
+
+def _reason(error: BaseException, plan: Plan, server: Server) -> str | None:
+    """Why a server that has started was not measured; None if it is not the server's fault."""
+    if isinstance(error, TimeoutError):
+        return f"not finished within --timeout {plan.timeout or 0:g} seconds"
+    if isinstance(error, OSError | http.client.HTTPException):  # URLError too
+        how = f"ended {ended}" if (ended := server.ended()) else f"stopped answering ({error})"
+        return f"llama-server {how}: {first_error(server.log())}"
+    if isinstance(error, KeyError | TypeError | ValueError):
+        return f"llama-server gave an answer that is not understood: {error!r}"
+    return None
 
 
 def _failed(future: Future[tuple[float, float]]) -> bool:

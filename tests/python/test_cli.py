@@ -18,7 +18,7 @@ from turbokv import __version__, data, spec
 
 COMMAND = str(Path(sys.executable).with_name("turbokv"))
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1"}
-SUBCOMMANDS = ("kld", "ppl", "speed", "report", "types", "doctor", "serve", "testbed")
+SUBCOMMANDS = ("kld", "ppl", "speed", "recommend", "report", "types", "doctor", "serve", "testbed")
 
 Run = subprocess.CompletedProcess[str]
 
