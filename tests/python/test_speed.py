@@ -341,6 +341,7 @@ def test_drift_of_f16_is_said(fake: Fake, turbokv: Turbokv) -> None:
         "note: f16 itself moved by more than 3 %, pp of f16 at depth 0: 16% between rounds, "
         "14% slower from the first round to the last. Trust ratios" in turbokv(*arguments).err
     )
+    fake.calls()
     fake.behaves("tg = 110 if nth == 2 else 100")
     assert "tg of f16 at depth 0: 10% between rounds" in turbokv(*arguments).err
     fake.behaves("if cache != 'f16/f16': pp, tg = 1000 / nth, 100 * nth")  # another cache's own affair
