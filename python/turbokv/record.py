@@ -193,7 +193,10 @@ class ServerResult(Base):
     """`turbokv speed --parallel`: llama-server over HTTP, `parallel` requests at a time."""
 
     kind: Literal["server"] = "server"
-    cache: str = Field(description="as asked for, K/V")
+    cache: str = Field(description="effective types, K/V; as asked for where the model refuses them")
+    requested: str = Field(description="as asked for, K/V")
+    bits_k: float | None = Field(description="bits per cached value of K, scales included; null where it is refused")
+    bits_v: float | None
     parallel: int
     n_prompt: int
     n_gen: int
@@ -201,7 +204,7 @@ class ServerResult(Base):
     tokens_per_second: float | None = Field(
         description="generated tokens of all requests / time from first to last, prompts included; geometric mean"
     )
-    ci95: Interval | None
+    ci95: Interval | None = None
     prompt_tokens_per_second: float | None = Field(
         description="of one request while the others run beside it: median in a round, geometric mean over rounds"
     )
@@ -210,20 +213,20 @@ class ServerResult(Base):
     latency_p50: float | None = Field(description="seconds per request, over all rounds")
     latency_p95: float | None
     rounds: int
-    samples: list[ServerSample]
+    samples: list[ServerSample] = []
     peak_bytes: int | None
     kv_bytes: int | None = Field(description="bytes of the cache that llama.cpp allocates for all slots")
     joules_per_token: float | None = Field(
-        description="energy of CPU packages and GPUs over the generated tokens, prompts included"
+        default=None, description="energy of CPU packages and GPUs over the generated tokens, prompts included"
     )
     error: str | None
     model: str
     threads: int
-    cpu: str
-    OMP_WAIT_POLICY: str
     upstream_commit: str
-    build: str
-    seed: int
+    cpu: str | None = None
+    OMP_WAIT_POLICY: str | None = None
+    build: str | None = None
+    seed: int | None = None
 
 
 class Refusal(Base):

@@ -33,7 +33,7 @@ from scipy.special import stdtrit
 
 from turbokv import data, memory, native, throughput
 from turbokv.bench import bench
-from turbokv.cache_type import CachePair, parse_pairs
+from turbokv.cache_type import CachePair, bits_per_value, parse_pairs
 from turbokv.cell import Cell, CellFailed, Plan, Step
 from turbokv.doctor import cpu_name
 from turbokv.energy import Meter
@@ -128,6 +128,14 @@ def settings(plan: Plan) -> dict[str, Any]:
 # --- measuring
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a cell gets from llama.cpp: the types that serve its cache, and its bytes."""
+
+    effective: CachePair
+    kv_bytes: int
+
+
 @dataclass
 class Measurement:
     """A run: what is asked for, what is measured, and which cells were given up, with the reason."""
@@ -135,7 +143,7 @@ class Measurement:
     plan: Plan
     file: SamplesFile
     settings: dict[str, Any]
-    kv_bytes: dict[Cell, int] = field(default_factory=dict)  # without those that the model refuses
+    contexts: dict[Cell, Context] = field(default_factory=dict)  # without those that the model refuses
     meter: Meter = field(default_factory=lambda: Meter(with_gpus=native.has_gpu()))
     failed: dict[Cell, str] = field(default_factory=dict)
 
@@ -165,18 +173,19 @@ def start(plan: Plan, json_file: Path | None) -> Measurement:
     for file in filter(None, (json_file, path)):
         data.check_writable(file)
     current = settings(plan)
-    return Measurement(plan, SamplesFile(path, current), current, kv_bytes(plan))
+    return Measurement(plan, SamplesFile(path, current), current, contexts(plan))
 
 
-def kv_bytes(plan: Plan) -> dict[Cell, int]:
-    """What the cache of each cell takes, without the cells that the model refuses; empty where nothing can be asked."""
+def contexts(plan: Plan) -> dict[Cell, Context]:
+    """The context of each cell, without the cells that the model refuses; empty where nothing can be asked."""
     found = {}
     try:
         with memory.Sizes(plan.model) as sizes:
             for cell in plan.order(1):
                 (pair,) = parse_pairs(cell.cache)
                 try:
-                    found[cell] = sizes.usage(pair, plan.n_ctx(cell), cell.parallel or 1).kv
+                    usage = sizes.usage(pair, plan.n_ctx(cell), cell.parallel or 1)
+                    found[cell] = Context(sizes.model.effective(pair), usage.kv)
                 except TurbokvError:
                     continue  # llama-bench will say why
     except TurbokvError:
@@ -310,13 +319,12 @@ def _common(run: Measurement, cell: Cell, own: list[Sample]) -> dict[str, Any]:
     per_round = plan.n_requests(cell) * plan.n_gen if cell.parallel else plan.n_tokens(cell)
     keys = ("model", "cpu", "OMP_WAIT_POLICY", "upstream_commit", "build", "seed")
     return {
-        "cache": cell.cache,
         "n_gen": plan.n_gen,
         "n_prompt": plan.n_prompt,
         "threads": plan.threads,
         "rounds": len(own),
         "peak_bytes": max((s.peak_bytes for s in own if s.peak_bytes is not None), default=None),
-        "kv_bytes": run.kv_bytes.get(cell),
+        "kv_bytes": context.kv_bytes if (context := run.contexts.get(cell)) else None,
         "joules_per_token": sum(joules) / len(joules) / per_round if joules else None,
         "error": run.failed.get(cell),
         **{key: run.settings[key] for key in keys},
@@ -330,7 +338,9 @@ def _speed_result(run: Measurement, cell: Cell, own: list[Sample], anchor: dict[
         record.SpeedSample(round=s.round, pp=s.pp, tg=s.tg, peak_bytes=s.peak_bytes, joules=s.joules) for s in own
     ]
     tg, pp = (_summary(own, anchor, test) for test in ("tg", "pp"))
-    return record.SpeedResult(depth=cell.depth, tg=tg, pp=pp, samples=samples, **_common(run, cell, own))
+    return record.SpeedResult(
+        cache=cell.cache, depth=cell.depth, tg=tg, pp=pp, samples=samples, **_common(run, cell, own)
+    )
 
 
 def _server_result(run: Measurement, cell: Cell, own: list[Sample], anchor: dict[int, Sample]) -> record.ServerResult:
@@ -350,7 +360,12 @@ def _server_result(run: Measurement, cell: Cell, own: list[Sample], anchor: dict
         )
         for s in own
     ]
+    context = run.contexts.get(cell)
     return record.ServerResult(
+        cache=str(context.effective) if context else cell.cache,
+        requested=cell.cache,
+        bits_k=bits_per_value(context.effective.k) if context else None,
+        bits_v=bits_per_value(context.effective.v) if context else None,
         parallel=cell.parallel or 0,
         requests=run.plan.n_requests(cell),
         tokens_per_second=tg.mean if tg else None,

@@ -45,12 +45,12 @@ def test_every_cache_is_measured_beside_f16_and_what_is_refused_is_named(model: 
     assert "tbq3/tbq3 with 3 requests at a time failed, round 1: llama-server ended with status 1" in run.stderr
     assert "tbq3 needs heads of a multiple of 128" in run.stderr
     results = [ServerResult.model_validate_json(line) for line in path.read_text().splitlines()]
-    assert [(r.cache, r.parallel) for r in results] == [
+    assert [(r.requested, r.parallel) for r in results] == [
         (cache, parallel) for parallel in (1, 3) for cache in ("f16/f16", "turbo3/turbo3", "tbq3/tbq3")
     ]
     with Sizes(model) as sizes:
         for r in results:
-            if r.cache == "tbq3/tbq3":
+            if r.requested == "tbq3/tbq3":
                 assert (r.tokens_per_second, r.rounds, r.samples, r.kv_bytes) == (None, 0, [], None)
                 assert r.error
                 continue
@@ -59,6 +59,7 @@ def test_every_cache_is_measured_beside_f16_and_what_is_refused_is_named(model: 
             assert r.tokens_per_second and r.ratio_f16 and r.ci95 and r.latency_p50 and r.latency_p95
             assert r.ci95[0] < r.tokens_per_second < r.ci95[1]
             assert 0 < r.latency_p50 <= r.latency_p95
+            assert r.cache == r.requested.replace("turbo3", "turbo3_64")  # heads of 64
             k, v = r.cache.split("/")
             assert r.kv_bytes == sizes.usage(CachePair(k, v), 256 * r.parallel, r.parallel).kv
             assert r.peak_bytes is None or r.peak_bytes > r.kv_bytes + sizes.weights // 2

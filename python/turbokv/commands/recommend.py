@@ -45,7 +45,7 @@ def recommend_command(
     How to read it: `weights`, `KV` and `compute` are asked of llama.cpp itself, which builds the context without
     allocating it: they are what llama-server will allocate, in any architecture. `longest ctx` is how many tokens per
     request would fit, looked for up to --ctx and the context that the model was trained on. The program itself, its
-    vocabulary and threads take some 50 to 200 MiB more: leave room for them.
+    vocabulary and threads take more: 40 MiB with the 16 thousand tokens of the built-in models. Leave room for it.
 
     `KLD` and `x f16` (speed of generation as a multiple of f16's) come from --results, and only from measurements of
     this very file: other models' say little about it. Caches are ranked by KLD; those whose KLDs cannot be told apart,

@@ -197,7 +197,8 @@ def _add_row(table: Table, result: record.SpeedResult | record.ServerResult, cel
     failed = " (failed)" * (result.error is not None)
     sizes = [_number(size and size / 2**20, 2) for size in (result.kv_bytes, result.peak_bytes)]
     energy = [_number(result.joules_per_token, 4)] * (table.columns[-1].header == "J/token")
-    table.add_row(result.cache + failed, *cells, *sizes, *energy)
+    asked = result.cache if result.kind == "speed" else result.requested
+    table.add_row(asked + failed, *cells, *sizes, *energy)
 
 
 def _speed_table(results: list[record.SpeedResult]) -> Table:
