@@ -12,6 +12,7 @@ from turbokv.spec import TYPE_COUNT, TYPES
 # What --cache-type-k/-v of llama.cpp accepts beside our own.
 UPSTREAM_NAMES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 NAMES = (*UPSTREAM_NAMES, *(kv_type.name for kv_type in TYPES))
+DEFAULT_CACHES = "f16,q8_0,q4_0,turbo4,turbo3"  # of the commands that compare
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from turbokv.commands import testbed
 from turbokv.commands.doctor import doctor
 from turbokv.commands.kld import kld, ppl
 from turbokv.commands.needle import needle
+from turbokv.commands.recommend import recommend
 from turbokv.commands.report import report
 from turbokv.commands.results import results
 from turbokv.commands.serve import PASSED_ON, serve
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 for command in (kld, ppl, needle, speed, sweep, results, report, types, doctor):
     app.command()(command)
+app.command("recommend")(recommend)
 app.command(context_settings=PASSED_ON)(serve)
 app.add_typer(testbed.app, name="testbed")
 

@@ -100,9 +100,10 @@ class Model(Closing):
 
     Weights that hold NaN or infinity are refused: llama.cpp's CPU kernels quantize activations to q8_0, which makes
     finite numbers of NaN, so that the logits need not show it. Raises TurbokvError.
+    With no_alloc only the header is read and nothing can be computed: for sizes, see memory.py.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, no_alloc: bool = False) -> None:
         if not path.is_file():
             raise TurbokvError(f"there is no model at {path}")
         self.path = path
@@ -110,7 +111,9 @@ class Model(Closing):
         log.install()
         log.clear()
         params = self._lib.llama_model_default_params()
-        params.check_tensors = True
+        params.check_tensors = not no_alloc
+        if no_alloc:
+            params.no_alloc, params.load_mode = True, 0  # LLAMA_LOAD_MODE_NONE: nothing to map
         self.handle = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             if damaged := re.findall("tensor '(.*?)' has invalid data", log.errors()):

@@ -8,4 +8,4 @@ class TurbokvError(Exception):
 
 
 class CacheRefused(TurbokvError):
-    """The model does not take a cache type: a result rather than a fault. The command prints the reason and exits REFUSED."""
+    """The model does not take a cache type: a result rather than a fault. The command prints the reason and exits 3."""

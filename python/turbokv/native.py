@@ -59,6 +59,11 @@ def tool(name: str) -> Path:
     return path
 
 
+def has_gpu() -> bool:
+    """Whether this build computes on NVIDIA GPUs."""
+    return any(native_dir().glob("*ggml-cuda*"))
+
+
 def build_id() -> str:
     """12 hex digits of the SHA-256 of llama-bench and the libraries that it loads: the overlay may change while the
     commit of llama.cpp stays."""

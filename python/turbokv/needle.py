@@ -23,7 +23,8 @@ from turbokv import native
 from turbokv.cache_type import CachePair, bits_per_value
 from turbokv.engine import Context, Model
 from turbokv.haystack import TASKS, Haystack, Plan, Question, Tokens, alternatives
-from turbokv.perplexity import F16, log_normalizer
+from turbokv.perplexity import F16
+from turbokv.reference import log_normalizer
 from turbokv.stats import cluster_bootstrap_ci95
 
 if TYPE_CHECKING:  # pydantic is slow to import

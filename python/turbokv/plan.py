@@ -11,8 +11,10 @@
     [speed]
     depths = [0, 2048]
     caches = "q8_0,turbo3"                 # instead of the caches above, for this task; `models` likewise
+    [server]
+    parallel = [1, 4]
 
-Everything but `models`, `caches` and one task has a default. Unknown names are errors.
+Everything but `models` and one task has a default. Unknown names are errors.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from turbokv import cache_type, data
+from turbokv.cache_type import DEFAULT_CACHES
 from turbokv.errors import TurbokvError
 from turbokv.fingerprint import text_fingerprint
 
@@ -48,6 +51,7 @@ class Task(Part):
     """One table of the plan. Its calls are in the order of their size; a rung of the sweep has one of each task."""
 
     name: ClassVar[str]
+    command: ClassVar[str]  # of turbokv
     timed: ClassVar[bool] = False  # whether it measures time, which depends on the number of threads
     models: Models | None = None
     caches: Caches | None = None
@@ -76,6 +80,7 @@ class OnText(Task):
 
 class Kld(OnText):
     name: ClassVar[str] = "kld"
+    command: ClassVar[str] = "kld"
     ctx: list[Annotated[int, Field(ge=16)]] = [512, 2048, 8192]
     tokens: Positive = 8192
     path: Literal["prefill", "decode"] = "prefill"
@@ -91,6 +96,7 @@ class Kld(OnText):
 
 class Needle(OnText):
     name: ClassVar[str] = "needle"
+    command: ClassVar[str] = "needle"
     lengths: list[Positive] = [512, 1024, 2048]
     depths: list[Annotated[float, Field(ge=0, le=100)]] = [0, 25, 50, 75, 100]
     distractors: Positive = 4
@@ -117,6 +123,7 @@ class Needle(OnText):
 
 class Speed(Task):
     name: ClassVar[str] = "speed"
+    command: ClassVar[str] = "speed"
     timed: ClassVar[bool] = True
     depths: list[Whole] = [0, 2048]
     rounds: Positive = 5
@@ -131,7 +138,25 @@ class Speed(Task):
         return ("--depth", str(depth), *sizes), 2 * self.rounds * (depth + 2 * self.n_prompt + self.n_gen)
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Kld, Needle, Speed)}
+class Server(Task):
+    name: ClassVar[str] = "server"
+    command: ClassVar[str] = "speed"
+    timed: ClassVar[bool] = True
+    parallel: list[Positive] = [1, 4]
+    rounds: Positive = 3
+    n_gen: Positive = 32
+    n_prompt: Positive = 256
+
+    def calls(self) -> list[Call]:
+        return [self._call(parallel) for parallel in sorted(self.parallel)]
+
+    def _call(self, parallel: int) -> Call:
+        sizes = ("--rounds", str(self.rounds), "--n-gen", str(self.n_gen), "--n-prompt", str(self.n_prompt))
+        n_requests = 3 * parallel * self.rounds  # three per slot and round
+        return ("--depth", "none", "--parallel", str(parallel), *sizes), 2 * n_requests * (self.n_prompt + self.n_gen)
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Kld, Needle, Speed, Server)}
 
 
 def _list(items: list[Any]) -> str:
@@ -140,14 +165,15 @@ def _list(items: list[Any]) -> str:
 
 class Plan(Part):
     models: Models
-    caches: Caches
+    caches: Caches = DEFAULT_CACHES.split(",")
     threads: Whole = 0
     kld: Kld | None = None
     needle: Needle | None = None
     speed: Speed | None = None
+    server: Server | None = None
 
     def tasks(self) -> list[Task]:
-        return [task for task in (self.kld, self.needle, self.speed) if task]
+        return [task for task in (self.kld, self.needle, self.speed, self.server) if task]
 
     def models_of(self, task: Task) -> list[str]:
         return list(dict.fromkeys(task.models or self.models))

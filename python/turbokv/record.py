@@ -155,6 +155,8 @@ class SpeedSample(Base):
     round: int
     pp: float | None
     tg: float | None
+    peak_bytes: int | None = Field(default=None, description="largest resident memory of the measuring process")
+    joules: float | None = Field(default=None, description="of the whole machine while the process ran")
 
 
 class SpeedResult(Base):
@@ -171,8 +173,14 @@ class SpeedResult(Base):
     rounds: int
     samples: list[SpeedSample]
     peak_bytes: int | None = Field(default=None, description="largest resident memory of the measuring process")
-    kv_bytes: int | None = Field(default=None, description="bytes of the K and V tensors for the tokens that it holds")
-    joules_per_token: float | None = Field(default=None, description="of generation, where the platform tells it")
+    kv_bytes: int | None = Field(
+        default=None, description="bytes of the cache that llama.cpp allocates for depth + max(n_prompt, n_gen) tokens"
+    )
+    joules_per_token: float | None = Field(
+        default=None,
+        description="energy of CPU packages and GPUs while llama-bench ran, over all tokens that it computed: loading, "
+        "filling the cache, prompt and generation together; null where the platform does not tell",
+    )
     error: str | None = Field(description="why the cell was given up; null if it was not")
     model: str
     cpu: str
@@ -182,26 +190,53 @@ class SpeedResult(Base):
     seed: int
 
 
-class ServerResult(Cache):
+class ServerSample(Base):
+    round: int
+    tokens_per_second: float
+    prompt_tokens_per_second: float
+    latencies: list[float] = Field(description="seconds per request, in the order of sending")
+    peak_bytes: int | None
+    joules: float | None
+
+
+class ServerResult(Base):
     """`turbokv speed --parallel`: llama-server over HTTP, `parallel` requests at a time."""
 
     kind: Literal["server"] = "server"
+    cache: str = Field(description="effective types, K/V; as asked for where the model refuses them")
+    requested: str = Field(description="as asked for, K/V")
+    bits_k: float | None = Field(description="bits per cached value of K, scales included; null where it is refused")
+    bits_v: float | None
     parallel: int
     n_prompt: int
     n_gen: int
-    requests: int
-    tokens_per_second: float = Field(description="generated tokens of all requests / time from first to last")
-    prompt_tokens_per_second: float
-    ratio_f16: float | None
+    requests: int = Field(description="per round")
+    tokens_per_second: float | None = Field(
+        description="generated tokens of all requests / time from first to last, prompts included; geometric mean"
+    )
+    ci95: Interval | None = None
+    prompt_tokens_per_second: float | None = Field(
+        description="of one request while the others run beside it: median in a round, geometric mean over rounds"
+    )
+    ratio_f16: float | None = Field(description="tokens_per_second / that of f16 in the same round")
     ratio_ci95: Interval | None
-    latency_p50: float = Field(description="seconds per request")
-    latency_p95: float
+    latency_p50: float | None = Field(description="seconds per request, over all rounds")
+    latency_p95: float | None
     rounds: int
+    samples: list[ServerSample] = []
     peak_bytes: int | None
+    kv_bytes: int | None = Field(description="bytes of the cache that llama.cpp allocates for all slots")
+    joules_per_token: float | None = Field(
+        default=None, description="energy of CPU packages and GPUs over the generated tokens, prompts included"
+    )
     error: str | None
     model: str
     threads: int
     upstream_commit: str
+    cpu: str | None = None
+    OMP_WAIT_POLICY: str | None = None
+    build: str | None = None
+    seed: int | None = None
 
 
 class Refusal(Base):
@@ -261,3 +296,65 @@ class Record(Base):
     environment: Environment
     build: Build
     result: Result
+
+
+# --- advice: made of results, never a line of runs.jsonl
+
+
+class Candidate(Base):
+    """One cache in `turbokv recommend`. Bytes are llama.cpp's own for this model; null where it refuses the cache."""
+
+    requested: str = Field(description="as asked for, K/V")
+    cache: str | None = Field(description="effective types, K/V")
+    refused: str | None = Field(description="why the model does not take it; null if it does")
+    kv_bytes: int | None = None
+    compute_bytes: int | None = None
+    total_bytes: int | None = Field(default=None, description="weights + kv + compute")
+    fits: bool = False
+    longest_ctx: int | None = Field(
+        default=None, description="most tokens per request that fit, looked for up to ctx and the trained context"
+    )
+    kld: Estimate | None = Field(default=None, description="mean KLD, measured on this model; f16's is 0 by definition")
+    tg_ratio_f16: float | None = Field(default=None, description="generation, measured on this model")
+    tg_ratio_ci95: Interval | None = None
+
+
+class KldSource(Base):
+    """The measurements that `kld` of all candidates comes from: one text, one window size."""
+
+    ctx: int
+    chunks: int
+    path: str
+    text: Text
+
+
+class SpeedSource(Base):
+    """The machine and depth that the ratios of all candidates come from."""
+
+    depth: int
+    threads: int
+    cpu: str
+    here: bool = Field(description="whether that CPU is this machine's")
+
+
+class Recommendation(Base):
+    """`turbokv recommend --json`."""
+
+    kind: Literal["recommendation"] = "recommendation"
+    model: str
+    fingerprint: str
+    architecture: str
+    parameters: int
+    n_ctx_train: int
+    memory: int
+    ctx: int = Field(description="tokens per request")
+    parallel: int = Field(description="requests at a time, each with its own ctx tokens")
+    weights_bytes: int
+    kld_source: KldSource | None
+    speed_source: SpeedSource | None
+    candidates: list[Candidate] = Field(
+        description="those that fit, best first; then the others by bytes; refused last"
+    )
+    recommended: str | None = Field(description="null if none fits")
+    command: str | None
+    upstream_commit: str

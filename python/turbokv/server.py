@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import socket
 import subprocess
 import tempfile
@@ -21,6 +23,8 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopba
 START_TIMEOUT = 120  # seconds until the model must be loaded
 REQUEST_TIMEOUT = 300
 
+ERROR = re.compile(r"[\d.]+ E +(?:\w+ +\w+: )?(.+)")  # a line of the server's log: time, level, component, function
+
 
 def _free_port() -> int:
     with socket.socket() as probe:
@@ -29,14 +33,21 @@ def _free_port() -> int:
         return port
 
 
+def first_error(log: str) -> str:
+    """What went wrong, out of a server's log: its first error, or the last lines where there is none, in one line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [found[1] for line in lines if (found := ERROR.match(line))]
+    return "; ".join(errors[:1] or lines[-3:]) or "it logged nothing"
+
+
 class Server(Closing):
     """llama-server on a free loopback port. Use as a context manager: leaving it stops the process.
 
-    `arguments` go to llama-server as they are. Raises TurbokvError, with the end of the server's log, when the
-    server ends before it answers.
+    `arguments` go to llama-server as they are. Raises TurbokvError, with what the server logged, when the server ends
+    before it answers, or does not answer within start_timeout seconds (None: START_TIMEOUT).
     """
 
-    def __init__(self, model: Path, arguments: list[str]) -> None:
+    def __init__(self, model: Path, arguments: list[str], start_timeout: float | None = None) -> None:
         self.url = f"http://127.0.0.1:{(port := _free_port())}"
         self._log = tempfile.NamedTemporaryFile(prefix="turbokv-server-", suffix=".log")  # noqa: SIM115 closed in close()
         command = [
@@ -50,8 +61,9 @@ class Server(Closing):
             *arguments,
         ]
         self._process = subprocess.Popen(list(map(str, command)), stdout=self._log, stderr=subprocess.STDOUT)
+        self.pid = self._process.pid
         try:
-            self._wait()
+            self._wait(start_timeout or START_TIMEOUT)
         except BaseException:
             self.close()
             raise
@@ -60,28 +72,38 @@ class Server(Closing):
         """All that the server has logged so far."""
         return Path(self._log.name).read_text(errors="replace")
 
-    def _wait(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT
+    def ended(self) -> str | None:
+        """How it ended, "with status 1" or "by SIGKILL"; None while it runs."""
+        status = self._process.poll()
+        if status is None:
+            return None
+        return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+
+    def _wait(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
+            if ended := self.ended():
                 tail = "\n".join(self.log().splitlines()[-12:])
-                raise TurbokvError(
-                    f"llama-server ended with status {self._process.returncode} before it answered:\n{tail}"
-                )
+                raise TurbokvError(f"llama-server ended {ended} before it answered:\n{tail}")
             try:
                 with _direct.open(self.url + "/health", timeout=5):
                     return
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.1)  # not listening yet, or 503 while the model loads
-        raise TurbokvError(f"llama-server did not answer within {START_TIMEOUT} s")
+        raise TurbokvError(f"llama-server did not answer within {timeout:g} s")
 
-    def post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Sends a JSON request, e.g. to /completion, and returns the JSON reply."""
+    def post(self, path: str, request: dict[str, Any], timeout: float | None = REQUEST_TIMEOUT) -> dict[str, Any]:
+        """Sends a JSON request, e.g. to /completion, and returns the JSON reply. timeout in seconds, None for none."""
         body = json.dumps(request).encode()
         post = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
-        with _direct.open(post, timeout=REQUEST_TIMEOUT) as response:
+        with _direct.open(post, timeout=timeout) as response:
             reply: dict[str, Any] = json.load(response)
             return reply
+
+    def kill(self) -> None:
+        """Ends it at once; close() is still to be called."""
+        self._process.kill()
+        self._process.wait()
 
     def close(self) -> None:
         self._process.terminate()

@@ -9,7 +9,8 @@ llama-bench (-p P -n N -d D -r 1) warms up with P tokens on an empty cache, fill
 copy, and measures
     pp  P prompt tokens behind those D, in batches: tokens/s,
     tg  N generated tokens behind the same D (the copy; filled once), one by one: tokens/s.
-All token ids are random; speed does not depend on them. For the copy it needs the memory of the cache twice.
+All token ids are random; speed does not depend on them. For the copy it needs the memory of the cache twice. With
+--parallel the cells of throughput.py, a llama-server each, run in the same rounds.
 
 Speeds and ratios multiply, so the mean is the geometric one and the 95 % interval is Student's t on logarithms: over
 the same rounds the mean of the ratios is the ratio of the means, and no interval reaches zero. The interval covers
@@ -18,97 +19,32 @@ what differs from round to round on this machine, nothing else.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import random
 import re
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import stdtrit
 
-from turbokv import data, native
-from turbokv.cache_type import CachePair
+from turbokv import data, memory, native, throughput
+from turbokv.bench import bench
+from turbokv.cache_type import CachePair, bits_per_value, parse_pairs
+from turbokv.cell import Cell, CellFailed, Plan, Step
 from turbokv.doctor import cpu_name
-from turbokv.errors import TurbokvError
+from turbokv.energy import Meter
+from turbokv.errors import CacheRefused, TurbokvError
+from turbokv.samples import Sample, SamplesFile, differences, samples_path
+
+if TYPE_CHECKING:
+    from turbokv import record  # slow to import
 
 F16 = CachePair("f16", "f16")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What one llama-bench process measures: a cache, K/V, behind `depth` tokens."""
-
-    cache: str
-    depth: int
-
-    def __str__(self) -> str:
-        return f"{self.cache} at depth {self.depth}"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One cell in one round, a line of the samples file. pp and tg in tokens/s, None if they were not asked for;
-    seconds is how long the whole process took."""
-
-    round: int  # from 1
-    cache: str
-    depth: int
-    pp: float | None
-    tg: float | None
-    seconds: float
-
-    @property
-    def cell(self) -> Cell:
-        return Cell(self.cache, self.depth)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure. n_prompt, n_gen and depths in tokens; timeout in seconds per cell, None for no limit."""
-
-    model: Path
-    caches: tuple[str, ...]  # f16/f16 first
-    depths: tuple[int, ...]
-    n_prompt: int
-    n_gen: int
-    threads: int
-    rounds: int
-    seed: int
-    timeout: float | None = None
-
-    def order(self, round_number: int) -> list[Cell]:
-        """The cells of a round, from 1, in the order in which they run."""
-        rng = random.Random(f"{self.seed} {round_number}")
-        depths = rng.sample(self.depths, len(self.depths))
-        return [Cell(cache, depth) for depth in depths for cache in rng.sample(self.caches, len(self.caches))]
-
-    def n_tokens(self, cell: Cell) -> int:
-        """Tokens that the process of a cell computes, warm-up included."""
-        return cell.depth + 2 * self.n_prompt + self.n_gen + 1
-
-
-@dataclass(frozen=True)
-class Step:
-    """What begins now: a cell of a round (from 1), after `done` of `total` measurements. `left` is about how many
-    seconds it and all that follow take, None before anything is measured."""
-
-    round: int
-    cell: Cell
-    done: int
-    total: int
-    left: float | None
-
-
-class CellFailed(Exception):
-    """llama-bench did not measure this cell; the message is the reason. Others may work."""
+DRIFT = 0.03  # a run whose anchor moves more than this says so
 
 
 # --- what the user asks for
@@ -120,11 +56,24 @@ def with_f16(pairs: Iterable[CachePair]) -> tuple[str, ...]:
 
 
 def parse_depths(text: str) -> tuple[int, ...]:
-    """Parses `0,2048,8192`: tokens that the cache already holds. Raises TurbokvError."""
+    """Parses `0,2048,8192`: tokens that the cache already holds; `none` leaves llama-bench out. Raises TurbokvError."""
+    if text.strip() == "none":
+        return ()
     items = [item.strip() for item in text.split(",")]
     for item in items:
         if not re.fullmatch("[0-9]{1,9}", item):
             raise TurbokvError(f"'{item}' is not a depth: write numbers of tokens, such as --depth 0,2048,8192")
+    return tuple(dict.fromkeys(map(int, items)))
+
+
+def parse_parallel(text: str | None) -> tuple[int, ...]:
+    """Parses `1,4`: requests at a time. Raises TurbokvError."""
+    items = [item.strip() for item in text.split(",")] if text is not None else []
+    for item in items:
+        if not re.fullmatch("[1-9][0-9]{0,2}", item) or int(item) > 256:  # LLAMA_MAX_SEQ
+            raise TurbokvError(
+                f"'{item}' is not a number of requests: write numbers from 1 to 256, such as --parallel 1,4"
+            )
     return tuple(dict.fromkeys(map(int, items)))
 
 
@@ -151,9 +100,6 @@ def n_ctx_train(model: Path) -> int | None:
         return None  # only for a note; whether the model works says llama-bench
 
 
-# --- samples, and the file that keeps them
-
-
 def settings(plan: Plan) -> dict[str, Any]:
     """What must be the same for samples to be summarized together. Only the number of rounds may change."""
     try:
@@ -175,69 +121,19 @@ def settings(plan: Plan) -> dict[str, Any]:
         "caches": list(plan.caches),
         "depths": list(plan.depths),
         "seed": plan.seed,
+        **({"parallel": list(plan.parallel)} if plan.parallel else {}),
     }
 
 
-def samples_path(json_file: Path) -> Path | None:
-    """Where the samples for a --json file are kept; None if that is a device or a pipe."""
-    return json_file.with_name(json_file.name + ".samples") if json_file.is_file() or not json_file.exists() else None
-
-
-class SamplesFile:
-    """JSON lines: the settings, then one line per sample. It is whole after every append(), so that a run that was
-    killed goes on from there. Without a path nothing is kept."""
-
-    def __init__(self, path: Path | None, current: dict[str, Any]) -> None:
-        """Raises TurbokvError if the file is damaged or holds samples of other settings."""
-        self.path = path
-        self.samples: list[Sample] = []
-        self._header = json.dumps({"settings": current}) + "\n"
-        self._content = ""  # of the file, as this process knows it
-        if path and path.exists():
-            self._load(path, current)
-
-    def _load(self, path: Path, current: dict[str, Any]) -> None:
-        content, number = path.read_text(errors="replace"), 1
-        try:
-            first, *lines = content.splitlines()
-            recorded = dict(json.loads(first)["settings"])
-            for line in lines:
-                number += 1
-                self.samples.append(Sample(**json.loads(line)))
-        except (ValueError, KeyError, TypeError):
-            raise TurbokvError(
-                f"{path} is damaged in line {number}: name another --json to keep it, or delete it to start again"
-            ) from None
-        if recorded != current:
-            raise TurbokvError(
-                f"{path} holds other measurements, {_differences(recorded, current)}: name another --json to keep "
-                "them, or delete it to start again"
-            )
-        self._content = content
-
-    def append(self, sample: Sample) -> None:
-        """Adds a sample, on disk first. Raises TurbokvError; then the file is as it was."""
-        content = (self._content or self._header) + json.dumps(asdict(sample)) + "\n"
-        if self.path:
-            if (self.path.read_text() if self.path.exists() else "") != self._content:
-                raise TurbokvError(f"{self.path} was changed by something else: is the same command running twice?")
-            data.write_atomically(self.path, content.encode())
-        self._content = content
-        self.samples.append(sample)
-
-
-def _differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
-    def show(value: Any) -> str:
-        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    return ", ".join(
-        f"{key} {show(recorded.get(key))} (now {show(value)})"
-        for key, value in current.items()
-        if recorded.get(key) != value
-    )
-
-
 # --- measuring
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a cell gets from llama.cpp: the types that serve its cache, and its bytes."""
+
+    effective: CachePair
+    kv_bytes: int
 
 
 @dataclass
@@ -247,6 +143,8 @@ class Measurement:
     plan: Plan
     file: SamplesFile
     settings: dict[str, Any]
+    contexts: dict[Cell, Context] = field(default_factory=dict)  # without those that the model refuses
+    meter: Meter = field(default_factory=lambda: Meter(with_gpus=native.has_gpu()))
     failed: dict[Cell, str] = field(default_factory=dict)
 
     def todo(self) -> list[tuple[int, Cell]]:
@@ -255,9 +153,9 @@ class Measurement:
         rounds = range(1, self.plan.rounds + 1)
         return [(n, cell) for n in rounds for cell in self.plan.order(n) if (n, cell) not in done]
 
-    def finished_rounds(self, depth: int) -> set[int]:
-        """Rounds in which nothing is left to measure at this depth."""
-        open_rounds = {n for n, cell in self.todo() if cell.depth == depth and cell not in self.failed}
+    def finished_rounds(self, group: tuple[int, int | None]) -> set[int]:
+        """Rounds in which nothing of this group is left to measure."""
+        open_rounds = {n for n, cell in self.todo() if cell.group == group and cell not in self.failed}
         return set(range(1, self.plan.rounds + 1)) - open_rounds
 
 
@@ -266,12 +164,41 @@ def start(plan: Plan, json_file: Path | None) -> Measurement:
     be known to fail before the long work."""
     if plan.n_prompt == plan.n_gen == 0:
         raise TurbokvError("--n-prompt 0 --n-gen 0 measures nothing: give one of them a number of tokens")
+    if plan.parallel and not (plan.n_prompt and plan.n_gen):
+        raise TurbokvError("--parallel needs prompts and answers: give --n-prompt and --n-gen at least 1 token")
+    if not plan.groups:
+        raise TurbokvError("--depth none without --parallel measures nothing: give one of them")
     check_model(plan.model)
     path = samples_path(json_file) if json_file else None
     for file in filter(None, (json_file, path)):
         data.check_writable(file)
     current = settings(plan)
-    return Measurement(plan, SamplesFile(path, current), current)
+    return Measurement(plan, SamplesFile(path, current), current, contexts(plan))
+
+
+def contexts(plan: Plan) -> dict[Cell, Context]:
+    """The context of each cell, without the cells that the model refuses; empty where nothing can be asked. Raises
+    CacheRefused if nothing is left to measure beside f16."""
+    found: dict[Cell, Context] = {}
+    refused: dict[Cell, CacheRefused] = {}
+    cells = plan.order(1)
+    try:
+        with memory.Sizes(plan.model) as sizes:
+            for cell in cells:
+                (pair,) = parse_pairs(cell.cache)
+                try:
+                    effective = sizes.model.effective(pair)
+                    found[cell] = Context(effective, sizes.usage(pair, plan.n_ctx(cell), cell.parallel or 1).kv)
+                except CacheRefused as refusal:
+                    refused[cell] = refusal
+                except TurbokvError:
+                    continue  # llama-bench will say why
+    except TurbokvError:
+        return {}
+    wanted = [cell for cell in cells if cell.cache != str(F16)]
+    if wanted and all(cell in refused for cell in wanted):
+        raise refused[wanted[0]]
+    return found
 
 
 def measure(
@@ -293,7 +220,10 @@ def measure(
         on_start(Step(number, cell, total - len(todo), total, left))
         started = time.monotonic()
         try:
-            speeds = bench(run.plan, cell)
+            if cell.parallel:
+                measured = throughput.serve(run.plan, cell, number, run.meter)
+            else:
+                measured = bench(run.plan, cell, run.meter)
         except CellFailed as error:
             run.failed[cell] = f"round {number}: {error}"
             on_failure(cell, run.failed[cell])
@@ -302,81 +232,26 @@ def measure(
             continue
         seconds = round(time.monotonic() - started, 3)
         if (now := settings(run.plan)) != run.settings:
-            raise TurbokvError(f"changed while it was measured: {_differences(run.settings, now)}. Start again")
-        run.file.append(Sample(number, cell.cache, cell.depth, *speeds, seconds))
+            raise TurbokvError(f"changed while it was measured: {differences(run.settings, now)}. Start again")
+        run.file.append(
+            Sample(number, cell.cache, cell.depth, seconds=seconds, parallel=cell.parallel, **asdict(measured))
+        )
         todo.pop(0)
 
 
-def bench(plan: Plan, cell: Cell) -> tuple[float | None, float | None]:
-    """Runs llama-bench once: (pp, tg) in tokens/s. Raises CellFailed, or TurbokvError if no cell can work."""
-    k, v = cell.cache.split("/")
-    tests = {"n_prompt": plan.n_prompt, "n_gen": plan.n_gen}
-    command = [
-        *(native.tool("llama-bench"), "-m", plan.model, "-ctk", k, "-ctv", v, "-fa", "on"),
-        *("-p", plan.n_prompt, "-n", plan.n_gen, "-d", cell.depth, "-r", 1, "-t", plan.threads, "-o", "jsonl"),
-    ]
-    try:
-        process = subprocess.run(
-            list(map(str, command)),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=plan.timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise CellFailed(f"not finished within --timeout {plan.timeout:g} seconds") from None
-    except OSError as error:
-        raise TurbokvError(f"{command[0]} cannot be started: {error.strerror}. Is it being rebuilt?") from error
-    if process.returncode == -signal.SIGINT:
-        raise KeyboardInterrupt  # Ctrl-C goes to both processes; this one may see the end of the other first
-    if process.returncode:
-        reason = _reason(process)
-        if "failed to load model" in process.stderr:
-            raise TurbokvError(f"{plan.model} cannot be loaded: {reason}. Is the download complete?")
-        raise CellFailed(reason)
-    speeds = {name: _speed(process.stdout, name, n_tokens) for name, n_tokens in tests.items()}
-    return speeds["n_prompt"], speeds["n_gen"]
-
-
-def _reason(process: subprocess.CompletedProcess[str]) -> str:
-    """Why it failed. Without -v it prints errors only, the cause first; what an abort adds behind it is a backtrace."""
-    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
-    said = "; ".join(lines[:3])
-    if process.returncode > 0:
-        return said or f"llama-bench ended with status {process.returncode} and gave no reason"
-    number = -process.returncode
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    hint = " (out of memory? A smaller --depth takes less)" if number == signal.SIGKILL else ""
-    return f"llama-bench was killed by {name}{hint}" + (f": {said}" if said else "")
-
-
-def _speed(output: str, test: str, n_tokens: int) -> float | None:
-    """Tokens/s of the test with n_prompt or n_gen tokens, out of llama-bench's JSON lines; None for no tokens."""
-    if n_tokens == 0:
-        return None
-    try:
-        rows = [json.loads(line) for line in output.splitlines() if line.strip()]
-        (nanoseconds,) = (row["avg_ns"] for row in rows if row[test] == n_tokens)
-        return 1e9 * n_tokens / int(nanoseconds)
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
-        raise CellFailed(f"llama-bench printed no result with {test} {n_tokens}: {output[:200]!r}") from None
-
-
 def seconds_left(plan: Plan, samples: list[Sample], todo: list[Cell]) -> float | None:
-    """About how long the cells of `todo` take: each as long as it took so far, else as others at that depth, else by
-    tokens. None before the first sample."""
+    """About how long the cells of `todo` take: each as long as it took so far, else as others at that depth (or
+    of so many requests), else by tokens. None before the first sample."""
     if not samples:
         return None
     own: dict[object, list[float]] = {}
     for sample in samples:
-        for key in (sample.cell, sample.depth):
+        for key in (sample.cell, sample.cell.group):
             own.setdefault(key, []).append(sample.seconds)
     per_token = sum(s.seconds for s in samples) / sum(plan.n_tokens(s.cell) for s in samples)
 
     def estimate(cell: Cell) -> float:
-        known = own.get(cell) or own.get(cell.depth)
+        known = own.get(cell) or own.get(cell.group)
         return sum(known) / len(known) if known else per_token * plan.n_tokens(cell)
 
     return sum(map(estimate, todo))
@@ -396,62 +271,132 @@ def geometric_mean_ci95(values: list[float]) -> tuple[float, tuple[float, float]
     return math.exp(mean), (math.exp(mean - half), math.exp(mean + half))
 
 
-def records(run: Measurement) -> list[dict[str, Any]]:
-    """One dict per cache and depth, the lines of --json; cells with neither a finished round nor an error are left out.
+@dataclass(frozen=True)
+class Drift:
+    """How f16, the anchor, moved over the rounds of one test: spread is the fastest round over the slowest - 1, trend
+    the change from the first round to the last on a line through the logarithms, below 0 for slower."""
 
-    cache          as asked for, K/V (the context may take the _64 type, see `turbokv kld`)
-    depth          tokens in the cache before what is measured
-    tg, pp         generation and prompt processing, null if nothing was measured:
-      mean         tokens/s, > 0, geometric mean over the rounds
-      ci95         [low, high] of it in tokens/s, null with less than 2 rounds
-      ratio_f16    geometric mean over the rounds of (this cache / f16 in the same round), > 0, above 1 is faster than
-                   f16; null if f16 has no round in common
-      ratio_ci95   [low, high] of it, null with less than 2 such rounds
-    n_gen, n_prompt    tokens per tg and pp measurement
-    threads            CPU threads
-    rounds             rounds that these numbers summarize: the finished ones of this cell
-    samples            those rounds: `round` from 1, `pp` and `tg` in tokens/s
-    error              why the cell was given up, and in which round; null if it was not
-    model, cpu, upstream_commit, build, seed    file name, CPU, llama.cpp, native.build_id(), --seed
-    OMP_WAIT_POLICY    as set in the environment, empty if it is not
-    """
-    out: list[dict[str, Any]] = []
-    for depth in run.plan.depths:
-        finished = run.finished_rounds(depth)
-        samples = [s for s in run.file.samples if s.depth == depth and s.round in finished]
+    where: str
+    spread: float
+    trend: float
+
+    def __str__(self) -> str:
+        moved = f"{abs(self.trend):.0%} {'slower' if self.trend < 0 else 'faster'} from the first round to the last"
+        return f"{self.where}: {self.spread:.0%} between rounds" + (f", {moved}" if abs(self.trend) > DRIFT else "")
+
+
+def drifts(run: Measurement) -> list[Drift]:
+    """Where f16's own speed differs by more than 3 % between rounds. Ratios are formed within a round and do not
+    follow it, but tokens/s and their intervals do."""
+    found = []
+    for group in run.plan.groups:
+        anchor = sorted((s for s in run.file.samples if s.cell == Cell(str(F16), *group)), key=lambda s: s.round)
+        for test in ("tg", "pp"):
+            speeds = [(s.round, v) for s in anchor if s.round <= run.plan.rounds and (v := getattr(s, test))]
+            if len(speeds) < 2:
+                continue
+            rounds, logs = np.array([n for n, _ in speeds]), np.log([v for _, v in speeds])
+            slope = float(np.polyfit(rounds, logs, 1)[0])
+            where = str(Cell("f16", *group)).replace("f16", f"{test} of f16", 1)
+            drift = Drift(where, math.exp(np.ptp(logs)) - 1, math.expm1(slope * float(np.ptp(rounds))))
+            if drift.spread > DRIFT:
+                found.append(drift)
+    return found
+
+
+def records(run: Measurement) -> list[record.SpeedResult | record.ServerResult]:
+    """One result per cache and depth, then one per cache and number of requests: the lines of --json. Cells with
+    neither a finished round nor an error are left out. See the models for what the fields mean."""
+    out: list[record.SpeedResult | record.ServerResult] = []
+    for group in run.plan.groups:
+        finished = run.finished_rounds(group)
+        samples = [s for s in run.file.samples if s.cell.group == group and s.round in finished]
         anchor = {s.round: s for s in samples if s.cache == str(F16)}
         for cache in run.plan.caches:
             own = sorted((s for s in samples if s.cache == cache), key=lambda s: s.round)
-            error = run.failed.get(Cell(cache, depth))
-            if not own and error is None:
-                continue
-            out.append(
-                {
-                    "cache": cache,
-                    "depth": depth,
-                    "tg": _summary([(s.round, s.tg) for s in own], {n: s.tg for n, s in anchor.items()}),
-                    "pp": _summary([(s.round, s.pp) for s in own], {n: s.pp for n, s in anchor.items()}),
-                    "n_gen": run.plan.n_gen,
-                    "n_prompt": run.plan.n_prompt,
-                    "threads": run.plan.threads,
-                    "rounds": len(own),
-                    "samples": [{"round": s.round, "pp": s.pp, "tg": s.tg} for s in own],
-                    "error": error,
-                    **{
-                        key: run.settings[key]
-                        for key in ("model", "cpu", "OMP_WAIT_POLICY", "upstream_commit", "build", "seed")
-                    },
-                }
-            )
+            cell = Cell(cache, *group)
+            if own or cell in run.failed:
+                out.append((_server_result if cell.parallel else _speed_result)(run, cell, own, anchor))
     return out
 
 
-def _summary(own: list[tuple[int, float | None]], f16: dict[int, float | None]) -> dict[str, Any] | None:
-    """Summary of speeds by round; None if there are none."""
-    speeds = [(number, speed) for number, speed in own if speed is not None]
+def _common(run: Measurement, cell: Cell, own: list[Sample]) -> dict[str, Any]:
+    """What both kinds of results have. Energy is per token that is computed by llama-bench, generated by a server."""
+    plan = run.plan
+    joules = [s.joules for s in own if s.joules is not None]
+    per_round = plan.n_requests(cell) * plan.n_gen if cell.parallel else plan.n_tokens(cell)
+    keys = ("model", "cpu", "OMP_WAIT_POLICY", "upstream_commit", "build", "seed")
+    return {
+        "n_gen": plan.n_gen,
+        "n_prompt": plan.n_prompt,
+        "threads": plan.threads,
+        "rounds": len(own),
+        "peak_bytes": max((s.peak_bytes for s in own if s.peak_bytes is not None), default=None),
+        "kv_bytes": context.kv_bytes if (context := run.contexts.get(cell)) else None,
+        "joules_per_token": sum(joules) / len(joules) / per_round if joules else None,
+        "error": run.failed.get(cell),
+        **{key: run.settings[key] for key in keys},
+    }
+
+
+def _speed_result(run: Measurement, cell: Cell, own: list[Sample], anchor: dict[int, Sample]) -> record.SpeedResult:
+    from turbokv import record
+
+    samples = [
+        record.SpeedSample(round=s.round, pp=s.pp, tg=s.tg, peak_bytes=s.peak_bytes, joules=s.joules) for s in own
+    ]
+    tg, pp = (_summary(own, anchor, test) for test in ("tg", "pp"))
+    return record.SpeedResult(
+        cache=cell.cache, depth=cell.depth, tg=tg, pp=pp, samples=samples, **_common(run, cell, own)
+    )
+
+
+def _server_result(run: Measurement, cell: Cell, own: list[Sample], anchor: dict[int, Sample]) -> record.ServerResult:
+    from turbokv import record
+
+    tg, pp = _summary(own, anchor, "tg"), _summary(own, anchor, "pp")
+    latencies = [seconds for s in own for seconds in s.latencies or []]
+    p50, p95 = (float(np.percentile(latencies, p)) if latencies else None for p in (50, 95))
+    samples = [
+        record.ServerSample(
+            round=s.round,
+            tokens_per_second=s.tg or 0.0,
+            prompt_tokens_per_second=s.pp or 0.0,
+            latencies=s.latencies or [],
+            peak_bytes=s.peak_bytes,
+            joules=s.joules,
+        )
+        for s in own
+    ]
+    context = run.contexts.get(cell)
+    return record.ServerResult(
+        cache=str(context.effective) if context else cell.cache,
+        requested=cell.cache,
+        bits_k=bits_per_value(context.effective.k) if context else None,
+        bits_v=bits_per_value(context.effective.v) if context else None,
+        parallel=cell.parallel or 0,
+        requests=run.plan.n_requests(cell),
+        tokens_per_second=tg.mean if tg else None,
+        ci95=tg.ci95 if tg else None,
+        prompt_tokens_per_second=pp.mean if pp else None,
+        ratio_f16=tg.ratio_f16 if tg else None,
+        ratio_ci95=tg.ratio_ci95 if tg else None,
+        latency_p50=p50,
+        latency_p95=p95,
+        samples=samples,
+        **_common(run, cell, own),
+    )
+
+
+def _summary(own: list[Sample], anchor: dict[int, Sample], test: str) -> record.Speed | None:
+    """Summary of `test`, tg or pp, with the ratio to the anchor's in the same round; None if there is nothing."""
+    from turbokv import record
+
+    speeds = {s.round: value for s in own if (value := getattr(s, test)) is not None}
+    f16 = {n: value for n, s in anchor.items() if (value := getattr(s, test)) is not None}
     if not speeds:
         return None
-    mean, ci95 = geometric_mean_ci95([speed for _, speed in speeds])
-    ratios = [speed / anchor for number, speed in speeds if (anchor := f16.get(number)) is not None]
+    mean, ci95 = geometric_mean_ci95(list(speeds.values()))
+    ratios = [speed / f16[n] for n, speed in speeds.items() if n in f16]
     ratio, ratio_ci95 = geometric_mean_ci95(ratios) if ratios else (None, None)
-    return {"mean": mean, "ci95": ci95, "ratio_f16": ratio, "ratio_ci95": ratio_ci95}
+    return record.Speed(mean=mean, ci95=ci95, ratio_f16=ratio, ratio_ci95=ratio_ci95)

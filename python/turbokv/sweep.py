@@ -71,7 +71,7 @@ def cells(plan: Plan) -> list[Cell]:
         for model, (rung, (arguments, tokens)), cache in calls:
             path = data.model_path(model)
             threads = ("-t", str(plan.threads)) if plan.threads else ()
-            command = (task.name, "-m", model, *arguments, "--cache", cache, *threads)
+            command = (task.command, "-m", model, *arguments, "--cache", cache, *threads)
             identity = _identity(task, path, cache, arguments, text, plan.threads)
             found.append(Cell(identity, task.name, path, cache, command, tokens, rung))
     return sorted(found, key=lambda cell: cell.rung)

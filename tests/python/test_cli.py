@@ -18,7 +18,9 @@ from turbokv import __version__, data, spec
 
 COMMAND = str(Path(sys.executable).with_name("turbokv"))
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1"}
-SUBCOMMANDS = ("kld", "ppl", "needle", "speed", "sweep", "results", "report", "types", "doctor", "serve", "testbed")
+SUBCOMMANDS = (
+    "kld", "ppl", "needle", "speed", "sweep", "results", "report", "recommend", "types", "doctor", "serve", "testbed",
+)  # fmt: skip
 
 Run = subprocess.CompletedProcess[str]
 

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from scipy import stats
 from tiny_models import write_llama
-from turbokv import cache_type, cli, data, native, speed
+from turbokv import bench, cache_type, cli, data, native, speed
+from turbokv.cell import Cell, CellFailed, Plan
 from turbokv.errors import TurbokvError
-from turbokv.speed import Cell, Plan, Sample
+from turbokv.samples import Sample
 
 FAKE = """#!{python} -IS
 import json, os, signal, sys, time
@@ -329,6 +330,24 @@ def test_one_round_has_null_for_an_interval(fake: Fake, turbokv: Turbokv) -> Non
         assert record["tg"]["ratio_f16"] == 1
 
 
+def test_drift_of_f16_is_said(fake: Fake, turbokv: Turbokv) -> None:
+    arguments = fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "4", "--json", "/dev/null")
+    assert "moved" not in turbokv(*arguments).err
+    fake.behaves("tg = 100 * 1.001 ** len(calls)")  # less than 3 % in all eight
+    assert "moved" not in turbokv(*arguments).err
+    fake.calls()
+    fake.behaves("pp = 1000 / 1.05 ** nth")
+    assert (
+        "note: f16 itself moved by more than 3 %, pp of f16 at depth 0: 16% between rounds, "
+        "14% slower from the first round to the last. Trust ratios" in turbokv(*arguments).err
+    )
+    fake.calls()
+    fake.behaves("tg = 110 if nth == 2 else 100")
+    assert "tg of f16 at depth 0: 10% between rounds" in turbokv(*arguments).err
+    fake.behaves("if cache != 'f16/f16': pp, tg = 1000 / nth, 100 * nth")  # another cache's own affair
+    assert "moved" not in turbokv(*arguments).err
+
+
 @pytest.mark.parametrize(("left_out", "option"), [("tg", "--n-gen"), ("pp", "--n-prompt")])
 def test_zero_tokens_leave_a_test_out(fake: Fake, turbokv: Turbokv, left_out: str, option: str) -> None:
     run = turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "2", option, "0"))
@@ -436,8 +455,8 @@ def test_without_f16_there_is_no_ratio(fake: Fake, turbokv: Turbokv) -> None:
 def test_reason_of_a_failed_cell(fake: Fake, behaviour: str, words: list[str]) -> None:
     fake.behaves(behaviour)
     timeout = 0.2 if "sleep" in behaviour else None
-    with pytest.raises(speed.CellFailed) as failed:
-        speed.bench(plan(model=fake.model, timeout=timeout), Cell("f16/f16", 0))
+    with pytest.raises(CellFailed) as failed:
+        bench.bench(plan(model=fake.model, timeout=timeout), Cell("f16/f16", 0))
     assert [word for word in words if word not in str(failed.value)] == []
 
 
@@ -499,6 +518,18 @@ def test_finished_run_measures_nothing_again_and_more_rounds_add_to_it(fake: Fak
     assert len(fake.calls()) == 4
     assert fake.recorded()[:8] == before
     assert {record["rounds"] for record in fake.records().values()} == {3}
+
+
+def test_samples_of_older_versions_are_used(fake: Fake, turbokv: Turbokv) -> None:
+    """They have neither memory nor energy."""
+    turbokv(*fake.arguments(*SMALL, "--rounds", "1"))
+    header, *samples = fake.samples.read_text().splitlines()
+    old = [{k: v for k, v in json.loads(line).items() if k not in ("peak_bytes", "joules")} for line in samples]
+    fake.samples.write_text("".join(f"{line}\n" for line in (header, *map(json.dumps, old))))
+    run = turbokv(*fake.arguments(*SMALL, "--rounds", "2"))
+    assert run.returncode == 0
+    assert fake.recorded()[:4] == old
+    assert {record["rounds"] for record in fake.records().values()} == {2}
 
 
 def test_fewer_rounds_use_only_those(fake: Fake, turbokv: Turbokv) -> None:
@@ -630,6 +661,61 @@ def test_full_disk_loses_nothing_that_was_recorded(fake: Fake, turbokv: Turbokv)
     assert (fake.recorded()[: len(kept)], len(fake.calls())) == (kept, 20 - len(kept))
 
 
+# --- memory and energy
+
+
+def test_peak_is_that_of_the_child_not_of_this_process(fake: Fake, turbokv: Turbokv) -> None:
+    ballast = bytearray(300 << 20)
+    ballast[:: 1 << 12] = b"x" * (300 << 8)  # resident here
+    fake.behaves(
+        "x = bytearray((64 if cache == 'f16/f16' else 128) << 20); x[::4096] = b'x' * (len(x) // 4096); time.sleep(.3)"
+    )
+    run = turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "2"))
+    assert run.returncode == 0
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc: there is no peak")
+    for (cache, _), record in fake.records().items():
+        own = (64 if cache == "f16/f16" else 128) << 20
+        assert own <= record["peak_bytes"] < own + (60 << 20)
+        assert record["peak_bytes"] == max(sample["peak_bytes"] for sample in record["samples"])
+        assert f"{record['peak_bytes'] / 2**20:.2f}" in run.out
+
+
+def test_energy_per_token_is_that_of_all_tokens_computed(
+    fake: Fake, turbokv: Turbokv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Meter:
+        """10 J a reading: before, at every look at the process, behind; the fake ends before the second look."""
+
+        counters = ("made up",)
+        total = 0.0
+
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def joules(self) -> float:
+            self.total += 10
+            return self.total
+
+    monkeypatch.setattr(speed, "Meter", Meter)
+    run = turbokv(*fake.arguments("--depth", "64", "--cache", "turbo3", "--rounds", "2", "-p", "16", "-n", "4"))
+    assert "does not tell its energy" not in run.err
+    assert "J/token" in run.out
+    tokens = 64 + 2 * 16 + 4 + 1
+    for record in fake.records().values():
+        joules = [sample["joules"] for sample in record["samples"]]
+        assert min(joules) >= 20
+        assert record["joules_per_token"] == pytest.approx(sum(joules) / 2 / tokens)
+
+
+def test_platform_without_energy_says_so_once(fake: Fake, turbokv: Turbokv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turbokv.energy.packages", lambda *_: [])
+    run = turbokv(*fake.arguments("--depth", "0", "--cache", "turbo3", "--rounds", "2"))
+    assert run.err.count("does not tell its energy") == 1
+    assert "J/token" not in run.out
+    assert {record["joules_per_token"] for record in fake.records().values()} == {None}
+
+
 # --- with the built llama-bench
 
 
@@ -655,6 +741,11 @@ def test_tiny_model_is_measured_and_what_it_refuses_is_named(
         for test in ("tg", "pp"):
             low, high = record[test]["ci95"]
             assert 0 < low < record[test]["mean"] < high
+            # 256 or 512 tokens of 2 layers with 2 heads of 64 values
+            assert (
+                record["kv_bytes"]
+                == 256 * 2 * 2 * {"f16": 256, "turbo3": 52, "q8_0": 68 + 26}[record["cache"].split("/")[0]]
+            )
             assert 0 < record[test]["ratio_ci95"][0] <= record[test]["ratio_f16"] <= record[test]["ratio_ci95"][1]
     assert data.MINI.name not in run.out
 

@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 
 from turbokv import cache_type, data, diagnosis, engine, perplexity, reference
+from turbokv.cache_type import DEFAULT_CACHES
 from turbokv.commands.options import (
-    DEFAULT_CACHES,
     CacheOption,
     ChunksOption,
     CtxOption,

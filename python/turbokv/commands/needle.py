@@ -13,7 +13,8 @@ from rich.text import Text
 
 from turbokv import cache_type, data, engine, fingerprint, haystack, prompt
 from turbokv import needle as measurement
-from turbokv.commands.options import DEFAULT_CACHES, CacheOption, ModelOption, ThreadsOption
+from turbokv.cache_type import DEFAULT_CACHES
+from turbokv.commands.options import CacheOption, ModelOption, ThreadsOption
 from turbokv.errors import TurbokvError
 from turbokv.terminal import deliver, err, progress
 

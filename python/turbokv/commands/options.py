@@ -9,8 +9,6 @@ import typer
 
 from turbokv import data
 
-DEFAULT_CACHES = "f16,q8_0,q4_0,turbo4,turbo3"
-
 ModelOption = Annotated[
     Path,
     typer.Option(

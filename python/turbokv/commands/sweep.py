@@ -28,7 +28,7 @@ def sweep(
         typer.Option("--model", "-m", help="GGUF model, or `mini` or `bias`, which are built in; may be repeated."),
     ] = None,
     cache: Annotated[str | None, typer.Option("--cache", help="Comma-separated caches, each K/V or one type.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Comma-separated: kld, needle, speed.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Comma-separated: kld, needle, speed, server.")] = None,
     ctx: Annotated[str | None, typer.Option("--ctx", "-c", help="kld: comma-separated window sizes in tokens.")] = None,
     text: Annotated[str | None, typer.Option("--text", "-f", help="kld and needle: text file or `wikitext2`.")] = None,
     lengths: Annotated[str | None, typer.Option("--lengths", help="needle: comma-separated haystack sizes.")] = None,
