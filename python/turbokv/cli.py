@@ -41,9 +41,8 @@ app = typer.Typer(
     Exit codes: 0 done, 1 an error that the last line names, 2 wrong usage, 3 the model does not take a cache type,
     130 interrupted (what was finished is reported).""",
 )
-for command in (kld, ppl, needle, speed, sweep, results, report, types, doctor):
+for command in (kld, ppl, needle, speed, sweep, results, report, recommend, types, doctor):
     app.command()(command)
-app.command("recommend")(recommend)
 app.command(context_settings=PASSED_ON)(serve)
 app.add_typer(testbed.app, name="testbed")
 

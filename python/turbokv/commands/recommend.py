@@ -10,7 +10,8 @@ import rich.box
 import typer
 from rich.table import Table
 
-from turbokv import data, recommend
+from turbokv import data
+from turbokv import recommend as advice
 from turbokv.commands.options import ModelOption
 from turbokv.errors import TurbokvError
 from turbokv.recommend import CACHES, show_bytes
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from turbokv import record  # slow to import
 
 
-def recommend_command(
+def recommend(
     memory: Annotated[str, typer.Option("--memory", help="What may be used, such as 24GiB, 24GB or 800MiB.")],
     model: ModelOption = data.MINI,
     ctx: Annotated[
@@ -55,7 +56,7 @@ def recommend_command(
     Example: `turbokv recommend -m model.gguf --ctx 8192 --memory 200MiB`, after a sweep
     `turbokv recommend -m model.gguf --ctx 8192 --memory 200MiB --results sweep --json recommend.json`
     """
-    budget = recommend.parse_bytes(memory)
+    budget = advice.parse_bytes(memory)
     if json_file:
         data.check_writable(json_file)
     records = []
@@ -64,7 +65,7 @@ def recommend_command(
 
         records = store.latest(store.read(results))
     try:
-        answer, known = recommend.recommend(model, budget, ctx or None, parallel, cache, records)
+        answer, known = advice.recommend(model, budget, ctx or None, parallel, cache, records)
     except KeyboardInterrupt:
         err.print("turbokv: interrupted; nothing to report")
         raise typer.Exit(130) from None
@@ -126,7 +127,7 @@ def _sentences(answer: record.Recommendation, model: Path) -> list[str]:
     missing = [c.requested for c in answer.candidates if c.fits and not (c.kld and c.tg_ratio_f16)]
     if missing:
         caches = ",".join(missing)
-        measure = f"turbokv sweep -m {recommend.as_given(model)} --task kld,speed --ctx {_window(answer)}"
+        measure = f"turbokv sweep -m {advice.as_given(model)} --task kld,speed --ctx {_window(answer)}"
         lines.append(f"To measure what is missing: {measure} --depth {_window(answer)} --cache {caches} -o FOLDER")
     if answer.recommended:
         best = answer.candidates[0]
