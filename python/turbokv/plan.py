@@ -183,9 +183,10 @@ class Plan(Part):
         return list(dict.fromkeys(map(str, cache_type.parse_pairs(",".join(task.caches or self.caches)))))
 
 
-def load(file: Path | None, flags: dict[str, Any]) -> Plan:
-    """The plan of a file with what the flags say instead; a flag for a task is a dict, and adds the task. Raises
-    TurbokvError that names what is wrong where."""
+def load(file: Path | None, flags: dict[str, Any], tasks: list[str] | None = None, text: str | None = None) -> Plan:
+    """The plan of a file with what the flags say instead; a flag for a task is a dict, and adds the task. With `tasks`
+    these and no others are measured. `text` is that of all tasks on text. Raises TurbokvError that names what is wrong
+    where."""
     content: dict[str, Any] = {}
     if file:
         try:
@@ -199,6 +200,16 @@ def load(file: Path | None, flags: dict[str, Any]) -> Plan:
             content[key] = content[key] | value
         else:
             content[key] = value
+    if tasks is not None:
+        if unknown := [task for task in tasks if task not in TASKS]:
+            raise TurbokvError(f"unknown task '{unknown[0]}'. Known tasks: {', '.join(TASKS)}")
+        content = {key: value for key, value in content.items() if key not in TASKS or key in tasks}
+        content = {task: {} for task in tasks} | content
+    if text is not None:
+        on_text = [
+            name for name, task in TASKS.items() if issubclass(task, OnText) and isinstance(content.get(name), dict)
+        ]
+        content |= {name: content[name] | {"text": text} for name in on_text}
     try:
         plan = Plan.model_validate(content)
     except ValidationError as error:

@@ -122,6 +122,17 @@ def test_flags_replace_what_the_file_says_and_add_tasks(tmp_path: Path) -> None:
     assert [command.split()[1] for command in commands] == ["kld", "speed", "speed"]
 
 
+def test_chosen_tasks_are_measured_and_no_others(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text('models = ["mini"]\ncaches = ["q4_0"]\n[kld]\nctx = [512]\n[speed]\ndepths = [64]\n')
+    found = sweep.cells(plan.load(file, {"needle": {"text": "x"}}, ["speed", "server"]))
+    assert [str(cell).split(" -")[0] for cell in found] == ["turbokv speed"] * 3
+    assert "--depth 64" in str(found[0])
+    (cell,) = sweep.cells(plan.load(file, {}, ["kld", "speed"], str(file)))[:1]
+    assert f"-f {file}" in str(cell)
+    assert [cell.task for cell in found] == ["speed", "server", "server"]
+
+
 def test_a_task_may_have_models_and_caches_of_its_own() -> None:
     found = cells("q8_0,turbo3", speed={"depths": [0], "caches": "q4_0", "models": ["bias"]})
     assert [(cell.task, cell.model.name[:4], cell.cache) for cell in found] == [
@@ -138,6 +149,7 @@ def test_a_task_may_have_models_and_caches_of_its_own() -> None:
         ('models = []\ncaches = "f16"\n[kld]\n', ["models"]),
         ('caches = "f16"\n[kld]\n', ["models"]),
         ('models = ["mini"]\ncaches = "f16"\n[kld]\ncontext = 3\n', ["kld.context"]),
+        ('models = ["mini"]\n[klds]\n', ["klds"]),
         ('models = ["mini"]\ncaches = "f16"\n[kld]\nctx = ["x"]\n', ["kld.ctx.0"]),
         ('models = ["mini"]\ncaches = "f17"\n[kld]\n', ["f17"]),
         ("models = [", ["plan.toml"]),
@@ -173,6 +185,11 @@ def test_threads_make_another_cell_only_where_time_is_measured() -> None:
     assert [c.id for c in cells(threads=1)] == [c.id for c in cells(threads=2)]
     speed: dict[str, Any] = {"kld": None, "speed": {"depths": [0]}}
     assert {c.id for c in cells(threads=1, **speed)}.isdisjoint(c.id for c in cells(threads=2, **speed))
+
+
+def test_unknown_task_is_named() -> None:
+    with pytest.raises(TurbokvError, match=r"'klx'.*kld, needle, speed, server"):
+        plan.load(None, {"models": ["mini"]}, ["klx"])
 
 
 @pytest.mark.parametrize(("text", "expected"), [("45s", 45), ("10m", 600), ("1h30m", 5400), ("2h", 7200)])

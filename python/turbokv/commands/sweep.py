@@ -28,7 +28,9 @@ def sweep(
         typer.Option("--model", "-m", help="GGUF model, or `mini` or `bias`, which are built in; may be repeated."),
     ] = None,
     cache: Annotated[str | None, typer.Option("--cache", help="Comma-separated caches, each K/V or one type.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Comma-separated: kld, needle, speed, server.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Only these, comma-separated: kld, needle, speed, server.")
+    ] = None,
     ctx: Annotated[str | None, typer.Option("--ctx", "-c", help="kld: comma-separated window sizes in tokens.")] = None,
     text: Annotated[str | None, typer.Option("--text", "-f", help="kld and needle: text file or `wikitext2`.")] = None,
     lengths: Annotated[str | None, typer.Option("--lengths", help="needle: comma-separated haystack sizes.")] = None,
@@ -83,8 +85,8 @@ def sweep(
     from turbokv import plan as plans
     from turbokv import sweep as measuring
 
-    flags = _flags(model, cache, task, ctx, text, lengths, depth, threads)
-    plan = plans.load(plan_file, flags)
+    tasks = [name.strip() for name in task.split(",")] if task else None
+    plan = plans.load(plan_file, _flags(model, cache, ctx, lengths, depth, threads), tasks, text)
     cells = measuring.cells(plan)
     if dry_run:
         _list(cells, output, again)
@@ -125,9 +127,7 @@ def seconds(text: str) -> float:
 def _flags(
     model: list[str] | None,
     cache: str | None,
-    task: str | None,
     ctx: str | None,
-    text: str | None,
     lengths: str | None,
     depth: str | None,
     threads: int | None,
@@ -135,14 +135,9 @@ def _flags(
     """What the flags say, in the shape of a plan."""
     plan: dict[str, Any] = {"models": model, "caches": cache, "threads": threads}
     plan = {key: value for key, value in plan.items() if value is not None}
-    for name in task.split(",") if task else ():
-        plan[name.strip()] = {}
     for name, key, value in (("kld", "ctx", ctx), ("needle", "lengths", lengths), ("speed", "depths", depth)):
         if value is not None:
             plan.setdefault(name, {})[key] = [item.strip() for item in value.split(",")]
-    if text is not None:
-        for name in {"kld", "needle"} & plan.keys():
-            plan[name]["text"] = text
     return plan
 
 
