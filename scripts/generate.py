@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Writes everything that follows from python/turbokv/spec.py, and the schema of results.
+"""Writes everything that follows from python/turbokv/spec.py, record.py and the committed results.
 
     scripts/generate.py            write the files
     scripts/generate.py --check    write nothing; exit 1 and name the files that differ
 
 Written: ggml-ext/generated/* (C tables, structs, prototypes, trait rows, name lists), tests/golden/*.bin (inputs, bytes
 and decoded values of every type), the type table in README.md and the hook table in docs/hooks.md; from record.py
-results/schema.json. Needs numpy and pydantic.
+results/schema.json; from results/runs.jsonl the tables of measurements in README.md and results/README.md. Needs the
+package's dependencies.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT / "ggml-ext")]
 sys.meta_path.insert(0, PathFinder)  # this tree's package, not that of an editable install of another tree
 
 import apply_hooks  # noqa: E402
-from turbokv import codec, golden  # noqa: E402
-from turbokv.record import Record  # noqa: E402
+from turbokv import codec, golden, report, store  # noqa: E402
+from turbokv.cache_type import parse_pairs  # noqa: E402
+from turbokv.record import Record, Result  # noqa: E402
 from turbokv.spec import (  # noqa: E402
     BY_NAME,
     FAMILIES,
@@ -37,6 +39,19 @@ from turbokv.spec import (  # noqa: E402
     TYPES,
     KVType,
 )
+
+README_CACHES = ("f16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2", "tbq3", "q8_0/turbo4", "q8_0/turbo3")
+MODELS = {
+    "mini-q8_0.gguf": "16 M parameters, heads of 128",
+    "bias-q8_0.gguf": "14 M parameters, heads of 64, Q and K with bias",
+}
+TITLES = {
+    "kld": "Mean KL divergence from f16 in nats, 95 % interval, by tokens per window:",
+    "needle": "Needles: right answers, and the change of the margin against f16 in nats:",
+    "speed_tg": "Generation in tokens/s behind so many tokens, and as a multiple of f16 in the same rounds:",
+    "speed_pp": "Reading a prompt, likewise:",
+    "memory": "Bytes of the cache:",
+}
 
 BANNER = "// Written by scripts/generate.py from python/turbokv/spec.py. Do not edit.\n"
 
@@ -212,14 +227,37 @@ def hook_table() -> str:
     return "".join(out)
 
 
-def with_table(path: str, name: str, table: str) -> bytes:
-    """The file with the table between its markers."""
-    begin, end = f"<!-- {name}: written by scripts/generate.py -->\n", f"<!-- /{name} -->"
-    head, found_begin, rest = (ROOT / path).read_text().partition(begin)
-    _, found_end, tail = rest.partition(end)
-    if not found_begin or not found_end:
-        raise SystemExit(f"{path} lacks the markers of its table: {begin.strip()} ... {end}")
-    return (head + begin + table + end + tail).encode()
+def measured(model: str, caches: tuple[str, ...] = ()) -> dict[str, str]:
+    """Tables of the committed results on one model, with all caches or with those; see report.markdown_tables."""
+    records = [r for r in store.latest(store.read(ROOT / "results")) if r.model.name == model]
+    wanted = {str(pair) for pair in parse_pairs(",".join(caches))} if caches else None
+    return report.markdown_tables([r for r in records if not wanted or requested(r.result) in wanted])
+
+
+def requested(result: Result) -> str:
+    return getattr(result, "requested", result.cache)
+
+
+def all_measured() -> str:
+    """Every table of every model, for results/README.md."""
+    out = []
+    for model, about in MODELS.items():
+        out.append(f"\n## {model}, {about}\n")
+        out += [f"\n{TITLES[name]}\n\n{table}" for name, table in measured(model).items() if name in TITLES]
+    return "".join(out)
+
+
+def with_tables(path: str, tables: dict[str, str]) -> bytes:
+    """The file with each table between its markers."""
+    text = (ROOT / path).read_text()
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: written by scripts/generate.py -->\n", f"<!-- /{name} -->"
+        head, found_begin, rest = text.partition(begin)
+        _, found_end, tail = rest.partition(end)
+        if not found_begin or not found_end:
+            raise SystemExit(f"{path} lacks the markers of its table: {begin.strip()} ... {end}")
+        text = head + begin + table + end + tail
+    return text.encode()
 
 
 def wanted() -> dict[str, bytes]:
@@ -244,8 +282,11 @@ def wanted() -> dict[str, bytes]:
     files = {f"ggml-ext/generated/{name}": content.encode() for name, content in text.items()}
     files |= {f"tests/golden/{t.name}.bin": golden.build(t) for t in TYPES}
     files["results/schema.json"] = (json.dumps(Record.model_json_schema(), indent=1) + "\n").encode()
-    files["README.md"] = with_table("README.md", "types", type_table())
-    files["docs/hooks.md"] = with_table("docs/hooks.md", "hooks", hook_table())
+    mini = measured("mini-q8_0.gguf", README_CACHES)
+    readme = {name: mini[name] for name in ("kld", "needle", "speed_tg", "speed_pp")} | {"types": type_table()}
+    files["README.md"] = with_tables("README.md", readme)
+    files["results/README.md"] = with_tables("results/README.md", {"results": all_measured()})
+    files["docs/hooks.md"] = with_tables("docs/hooks.md", {"hooks": hook_table()})
     return files
 
 

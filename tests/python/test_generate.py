@@ -35,8 +35,16 @@ def current(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(repo / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "data"))
     (root / "scripts").mkdir()
     shutil.copy(repo / "scripts" / "generate.py", root / "scripts")
-    (root / "docs").mkdir()
-    for file in ("README.md", "docs/hooks.md", "ggml-ext/apply_hooks.py", "ggml-ext/hooks.toml"):
+    for folder in ("docs", "results"):
+        (root / folder).mkdir()
+    for file in (
+        "README.md",
+        "docs/hooks.md",
+        "results/README.md",
+        "results/runs.jsonl",
+        "ggml-ext/apply_hooks.py",
+        "ggml-ext/hooks.toml",
+    ):
         shutil.copy(repo / file, root / file)
     assert generate(root).returncode == 0
     return root
