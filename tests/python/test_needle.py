@@ -245,7 +245,7 @@ def test_interruption_before_the_first_haystack_ends_the_run(mini: Model) -> Non
 def test_cache_that_the_model_does_not_take_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "head_dim_80.gguf", 80)
     run = turbokv("needle", "-m", model, "--lengths", "1024", "--cache", "f16,turbo3")
-    check_refused(run, "turbo3", "head_dim 80")
+    check_refused(run, "turbo3", "head_dim 80", status=3)
 
 
 # --- intervals

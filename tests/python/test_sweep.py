@@ -409,7 +409,8 @@ def test_missing_cluster_is_named(fake: Fake) -> None:
         sweep.run_jobs(cells(), fake.results, "slurm", 1, 1, {}, again=False)
 
 
-def test_real_cell_end_to_end(tmp_path: Path, turbokv: Turbokv) -> None:
+def test_real_cell_end_to_end(tmp_path: Path, turbokv: Turbokv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     arguments = ("-m", "mini", "--task", "kld", "--ctx", "64", "--cache", "turbo3", "-o", tmp_path / "r")
     plan_file = tmp_path / "plan.toml"
     plan_file.write_text('models = ["mini"]\ncaches = "turbo3"\n[kld]\nctx = [64]\ntokens = 128\n')
