@@ -209,7 +209,7 @@ class Store:
                 temporary.replace(self.folder / f"{name}.npz")
             finally:
                 temporary.unlink(missing_ok=True)
-        except FileNotFoundError:  # another process has just dropped this key
+        except (FileNotFoundError, FileExistsError):  # another process drops this key; mkdir raises the latter then
             return
         except OSError as error:
             self._stop(f"{error.strerror or error}")
