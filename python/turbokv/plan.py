@@ -121,39 +121,44 @@ class Needle(OnText):
         return [((*self.text_arguments(), *flat), 2 * sum(self.lengths) * self.seeds * groups)]
 
 
-class Speed(Task):
-    name: ClassVar[str] = "speed"
-    command: ClassVar[str] = "speed"
+class Timed(Task):
+    """A task that takes time, in rounds with f16."""
+
     timed: ClassVar[bool] = True
-    depths: list[Whole] = [0, 2048]
-    rounds: Positive = 5
+    rounds: Positive = 3
     n_gen: Whole = 32
     n_prompt: Whole = 512
+
+    def size_arguments(self) -> tuple[str, ...]:
+        return "--rounds", str(self.rounds), "--n-gen", str(self.n_gen), "--n-prompt", str(self.n_prompt)
+
+
+class Speed(Timed):
+    name: ClassVar[str] = "speed"
+    command: ClassVar[str] = "speed"
+    depths: list[Whole] = [0, 2048]
 
     def calls(self) -> list[Call]:
         return [self._call(depth) for depth in sorted(self.depths)]
 
     def _call(self, depth: int) -> Call:
-        sizes = ("--rounds", str(self.rounds), "--n-gen", str(self.n_gen), "--n-prompt", str(self.n_prompt))
-        return ("--depth", str(depth), *sizes), 2 * self.rounds * (depth + 2 * self.n_prompt + self.n_gen)
+        tokens = 2 * self.rounds * (depth + 2 * self.n_prompt + self.n_gen)
+        return ("--depth", str(depth), *self.size_arguments()), tokens
 
 
-class Server(Task):
+class Server(Timed):
     name: ClassVar[str] = "server"
     command: ClassVar[str] = "speed"
-    timed: ClassVar[bool] = True
     parallel: list[Positive] = [1, 4]
-    rounds: Positive = 3
-    n_gen: Positive = 32
     n_prompt: Positive = 256
 
     def calls(self) -> list[Call]:
         return [self._call(parallel) for parallel in sorted(self.parallel)]
 
     def _call(self, parallel: int) -> Call:
-        sizes = ("--rounds", str(self.rounds), "--n-gen", str(self.n_gen), "--n-prompt", str(self.n_prompt))
         n_requests = 3 * parallel * self.rounds  # three per slot and round
-        return ("--depth", "none", "--parallel", str(parallel), *sizes), 2 * n_requests * (self.n_prompt + self.n_gen)
+        tokens = 2 * n_requests * (self.n_prompt + self.n_gen)
+        return ("--depth", "none", "--parallel", str(parallel), *self.size_arguments()), tokens
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Kld, Needle, Speed, Server)}

@@ -111,7 +111,7 @@ def test_plan_file_with_everything(tmp_path: Path) -> None:
     assert len(commands) == len(set(commands)) == 2 * 2 * (2 + 1 + 2)
     assert commands[0] == "turbokv kld -m mini -c 512 --chunks 8 --cache f16/f16 -t 1"
     assert "turbokv kld -m bias -c 2048 --chunks 2 --cache q8_0/turbo3 -t 1" in commands
-    assert "turbokv speed -m mini --depth 64 --rounds 5 --n-gen 32 --n-prompt 512 --cache f16/f16 -t 1" in commands
+    assert "turbokv speed -m mini --depth 64 --rounds 3 --n-gen 32 --n-prompt 512 --cache f16/f16 -t 1" in commands
 
 
 def test_flags_replace_what_the_file_says_and_add_tasks(tmp_path: Path) -> None:

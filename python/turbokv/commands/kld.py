@@ -94,7 +94,7 @@ def kld(
 
     The f16 reference is computed once per model, text, --ctx, --path, --threads and build, and kept on disk.
 
-    Example: `turbokv kld -m model.gguf -f book.txt -c 4096 --chunks 8 --cache f16,q8_0,turbo4/turbo3 --json kld.json`
+    Example: `turbokv kld -m model.gguf -f book.txt -c 4096 --chunks 2 --cache f16,q8_0,turbo4/turbo3 --json kld.json`
     """
     if no_reference_cache and reference_cache:
         raise TurbokvError("--reference-cache names a folder and --no-reference-cache uses none: give one of the two")

@@ -28,7 +28,7 @@ def report(results: ResultsArgument, output: OutputOption = None, markdown: Mark
     on a heading. What was refused or is missing is listed with the reason, so that a sweep that is half done can be
     reported too. The same results give the same file.
 
-    Example: `turbokv report results -o report.html`
+    Example: `turbokv report sweep -o report.html`
     """
     from turbokv import report as reporting  # jinja2 and pydantic are slow to import
     from turbokv import store

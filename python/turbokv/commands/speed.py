@@ -93,7 +93,7 @@ def speed(
     add to those that there are. Delete FILE.samples to measure anew. A cache that llama-bench refuses is named with
     the reason, the others go on, and the exit code is 1.
 
-    Example: `turbokv speed -m model.gguf --depth 0,8192 --cache q8_0,turbo4,q8_0/turbo3 --json speed.json`,
+    Example: `turbokv speed -m model.gguf --depth 0,4096 --cache turbo4,q8_0/turbo3 --rounds 3 --json speed.json`,
     with a server `turbokv speed -m model.gguf --depth none --parallel 1,4 --cache q8_0,turbo3 -p 256 -n 64`
     """
     plan = Plan(
