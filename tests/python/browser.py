@@ -6,6 +6,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,6 +20,12 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--remote-debugging-pipe",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
 )  # fmt: skip
+
+ANSWERS_WITHIN = 120  # seconds
+
+
+class BrowserGone(Exception):
+    """The browser has ended or hangs."""
 
 
 class Browser(Closing):
@@ -49,7 +56,11 @@ class Browser(Closing):
         )
         for fd in (theirs_in, theirs_out, high_in, high_out):
             os.close(fd)
-        targets = self._send("Target.getTargets", session=None)["targetInfos"]
+        try:
+            targets = self._send("Target.getTargets", session=None)["targetInfos"]
+        except (BrowserGone, OSError) as error:
+            self.close()
+            pytest.skip(f"{program} does not start here: {error}")
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         attached = self._send("Target.attachToTarget", session=None, targetId=page, flatten=True)
         self._session = attached["sessionId"]
@@ -110,8 +121,11 @@ class Browser(Closing):
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            if not select.select([self._read], [], [], ANSWERS_WITHIN)[0]:
+                raise BrowserGone(f"no answer within {ANSWERS_WITHIN} s")
             data = os.read(self._read, 1 << 20)
-            assert data, "the browser ended"
+            if not data:
+                raise BrowserGone("it ended")
             self._buffer += data
         message, self._buffer = self._buffer.split(b"\0", 1)
         decoded: dict[str, Any] = json.loads(message)
