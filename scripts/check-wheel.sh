@@ -21,7 +21,10 @@ pinned=$(echo "$PWD"/build-wheel/upstream/*/vendor/llama.cpp)
 cd "$scratch"
 venv/bin/turbokv doctor
 venv/bin/turbokv doctor --llama-source "$pinned"
-venv/bin/turbokv kld --ctx 512 --chunks 1 --cache f16,turbo3
+venv/bin/turbokv needle --lengths 256 --depths 50 --distractors 1 --seeds 1 --cache turbo3
+venv/bin/turbokv sweep -m mini --task kld --ctx 2048 --cache f16,turbo3 -o sweep
+venv/bin/turbokv report sweep -o report.html
+venv/bin/turbokv recommend -m mini --ctx 2048 --memory 100MiB --results sweep
 if find venv -name 'libllama*' -o -name 'libggml-base*' | grep -v turbokv/_native; then
     fail "a second llama.cpp was installed"
 fi

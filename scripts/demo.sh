@@ -20,7 +20,9 @@ say "Next"
 cat <<'EOF'
 On a model of yours:
   source .venv/bin/activate
+  turbokv recommend -m model.gguf --ctx 32768 --memory 24GiB
   turbokv kld -m model.gguf -c 4096 --chunks 8 --cache f16,q8_0,turbo4,turbo4/turbo3
+  turbokv sweep -m model.gguf --task kld,needle,speed -o sweep && turbokv report sweep -o report.html
   turbokv serve -m model.gguf -- --cache-type-k turbo3 --cache-type-v turbo3 --port 8080
 What is built, and which lines were added to llama.cpp: turbokv doctor
 All tests: scripts/test.sh
