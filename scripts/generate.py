@@ -28,7 +28,7 @@ sys.meta_path.insert(0, PathFinder)  # this tree's package, not that of an edita
 import apply_hooks  # noqa: E402
 from turbokv import codec, golden, report, store  # noqa: E402
 from turbokv.cache_type import parse_pairs  # noqa: E402
-from turbokv.record import Record, Result  # noqa: E402
+from turbokv.record import Record, requested  # noqa: E402
 from turbokv.spec import (  # noqa: E402
     BY_NAME,
     FAMILIES,
@@ -232,10 +232,6 @@ def measured(model: str, caches: tuple[str, ...] = ()) -> dict[str, str]:
     records = [r for r in store.latest(store.read(ROOT / "results")) if r.model.name == model]
     wanted = {str(pair) for pair in parse_pairs(",".join(caches))} if caches else None
     return report.markdown_tables([r for r in records if not wanted or requested(r.result) in wanted])
-
-
-def requested(result: Result) -> str:
-    return getattr(result, "requested", result.cache)
 
 
 def all_measured() -> str:

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any, Literal, TypeVar
 
 from turbokv import record
+from turbokv.record import requested
 from turbokv.spec import BY_NAME
 
 F16 = "f16/f16"
@@ -37,11 +38,6 @@ def family(cache: str) -> Family:
     if len(ours) < len(names):
         return "mixed"
     return "tbq" if all(name.startswith("tbq") for name in ours) else "turbo"
-
-
-def requested(result: Measured) -> str:
-    """The cache as it was asked for, K/V: what results of all commands have in common."""
-    return result.cache if isinstance(result, record.SpeedResult) else result.requested
 
 
 def overlap(one: record.Interval | None, other: record.Interval | None) -> bool:

@@ -251,6 +251,11 @@ class Refusal(Base):
 Result = Annotated[KldResult | NeedleResult | SpeedResult | ServerResult | Refusal, Field(discriminator="kind")]
 
 
+def requested(result: Result) -> str:
+    """The cache as it was asked for, K/V: what results of all kinds have in common."""
+    return result.cache if isinstance(result, SpeedResult | Refusal) else result.requested
+
+
 # --- circumstances
 
 

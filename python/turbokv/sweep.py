@@ -31,7 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 from turbokv import circumstances, data, store
 from turbokv.errors import REFUSED, TurbokvError
 from turbokv.plan import Plan, Task
-from turbokv.record import Record, Refusal, Result
+from turbokv.record import Record, Refusal, Result, requested
 from turbokv.spec import BY_NAME
 
 COMMAND = (sys.executable, "-m", "turbokv")
@@ -254,7 +254,7 @@ def measure(cell: Cell, on_line: Callable[[str], None], turbokv: tuple[str, ...]
         output = Path(scratch) / "result.json"
         status, lines = _call((*turbokv, *cell.arguments, "--json", str(output)), on_line)
         result = _result(cell, status, lines, output)
-    effective = getattr(result, "cache", cell.cache).split("/")
+    effective = result.cache.split("/")
     layouts = [BY_NAME[name].layout_string if name in BY_NAME else "" for name in effective]
     return Record(
         id=cell.id,
@@ -315,7 +315,7 @@ def _result(cell: Cell, status: int, lines: list[str], output: Path) -> Result:
         results = [RESULT.validate_python(item) for item in parsed]
     except (OSError, ValueError, ValidationError) as error:
         raise CellFailed(f"the command wrote no result that fits the schema: {error}") from None
-    own = [result for result in results if getattr(result, "requested", result.cache) == cell.cache]
+    own = [result for result in results if requested(result) == cell.cache]
     if len(own) != 1:
         raise CellFailed(f"the command wrote {len(own)} results for {cell.cache}")
     return own[0]
