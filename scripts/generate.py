@@ -47,6 +47,7 @@ MODELS = {
 }
 TITLES = {
     "kld": "Mean KL divergence from f16 in nats, 95 % interval, by tokens per window:",
+    "ppl": "Perplexity:",
     "needle": "Needles: right answers, and the change of the margin against f16 in nats:",
     "speed_tg": "Generation in tokens/s behind so many tokens, and as a multiple of f16 in the same rounds:",
     "speed_pp": "Reading a prompt, likewise:",

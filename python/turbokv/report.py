@@ -209,7 +209,7 @@ def _heat_map(
 
 
 def markdown_tables(records: list[record.Record]) -> dict[str, str]:
-    """Compact GitHub tables by name (kld, needle, speed_tg, speed_pp, memory, server), as far as they were measured."""
+    """Compact GitHub tables by name (kld, ppl, needle, speed_tg, speed_pp, memory, server) of what was measured."""
     return {name: table.markdown() for name, table in tables.compact(current(records)).items()}
 
 

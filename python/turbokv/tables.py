@@ -288,7 +288,7 @@ def servers(group: Servers) -> Table:
 
 
 def compact(found: Findings) -> dict[str, Table]:
-    """kld, needle, speed_tg, speed_pp, memory and server, as far as they were measured: small enough for a README."""
+    """kld, ppl, needle, speed_tg, speed_pp, memory and server of what was measured: small enough for a README."""
     tables: dict[str, Table] = {}
     many = len(found.models) > 1
 
@@ -306,6 +306,14 @@ def compact(found: Findings) -> dict[str, Table]:
                 columns["bits K/V"].setdefault(r.requested, Cell(f"{r.bits_k:g}/{r.bits_v:g}"))
                 column[r.requested] = value_cell(r.kld.mean if r.kld else None, digits, r.kld.ci95 if r.kld else None)
         tables["kld"] = _crossed(columns)
+    if found.divergences:
+        columns = {}
+        for group in found.divergences:
+            title = heading(group.model, f"ctx {group.ctx}")
+            columns[title if title not in columns else heading(group.model, group.title)] = {
+                r.requested: value_cell(r.ppl, 3) for r in group.results
+            }
+        tables["ppl"] = _crossed(columns)
     if found.needles:
         columns = {}
         for needle in found.needles:

@@ -315,7 +315,8 @@ def test_intervals_without_measure_do_not_flatten_the_plot() -> None:
 def test_markdown_tables_are_compact_and_complete(records: list[Record]) -> None:
     mini = [item for item in records if item.model.name == examples.MINI]
     made = report.markdown_tables(mini)
-    assert list(made) == ["kld", "needle", "speed_tg", "speed_pp", "memory", "server"]
+    assert list(made) == ["kld", "ppl", "needle", "speed_tg", "speed_pp", "memory", "server"]
+    assert made["ppl"].splitlines()[0] == "| cache K/V | ctx 512 | ctx 2048 |"
     lines = made["kld"].splitlines()
     assert lines[0] == "| cache K/V | bits K/V | ctx 512 | ctx 2048 |"
     assert lines[1] == "|---|---:|---:|---:|"
