@@ -20,6 +20,7 @@ Everything but `models` and one task has a default. Unknown names are errors.
 from __future__ import annotations
 
 import tomllib
+from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -56,8 +57,9 @@ class Task(Part):
     models: Models | None = None
     caches: Caches | None = None
 
+    @abstractmethod
     def calls(self) -> list[Call]:
-        raise NotImplementedError
+        """Of `turbokv {command}`, without model and cache, the smallest first."""
 
     def text_fingerprint(self) -> str | None:
         return None
