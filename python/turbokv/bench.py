@@ -13,7 +13,7 @@ from pathlib import Path
 from turbokv import native
 from turbokv.cell import Cell, CellFailed, Plan
 from turbokv.energy import Meter
-from turbokv.errors import TurbokvError
+from turbokv.errors import TurbokvError, signal_name
 
 POLL = 0.05  # seconds between two looks at the process; less at its start
 
@@ -107,9 +107,8 @@ def _reason(status: int, errors: str) -> str:
     if status > 0:
         return said or f"llama-bench ended with status {status} and gave no reason"
     number = -status
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     hint = " (out of memory? A smaller --depth takes less)" if number == signal.SIGKILL else ""
-    return f"llama-bench was killed by {name}{hint}" + (f": {said}" if said else "")
+    return f"llama-bench was killed by {signal_name(number)}{hint}" + (f": {said}" if said else "")
 
 
 def _speed(output: str, test: str, n_tokens: int) -> float | None:

@@ -26,6 +26,9 @@ class CachePair:
         return f"{self.k}/{self.v}"
 
 
+F16 = CachePair("f16", "f16")  # the reference of every comparison
+
+
 def parse_pairs(text: str) -> list[CachePair]:
     """Parses `f16,q8_0/turbo3`: pairs are K/V, one name alone means both. Raises TurbokvError for unknown names."""
     pairs = []

@@ -58,9 +58,14 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fix = "Free some space" if full else "Choose another place"
-        raise TurbokvError(f"cannot write {path}: {error.strerror}. {fix} and run it again") from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> TurbokvError:
+    """What to say of a file that could not be written, with the fix."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "Free some space" if full else "Choose another place"
+    return TurbokvError(f"cannot write {path}: {error.strerror}. {fix} and run it again")
 
 
 def check_writable(path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbokv import native
-from turbokv.cache_type import CachePair, type_ids
+from turbokv.cache_type import F16, CachePair, type_ids
 from turbokv.closing import Closing
 from turbokv.errors import CacheRefused, TurbokvError
 
@@ -218,7 +218,7 @@ class Context(Closing):
         if not self.handle:
             reason = log.errors()
             no_memory = "alloc" in reason  # the one other thing that goes wrong here: "failed to allocate buffer ..."
-            error = TurbokvError if no_memory or pair == CachePair("f16", "f16") else CacheRefused
+            error = TurbokvError if no_memory or pair == F16 else CacheRefused
             raise error(f"no context with cache {pair} for {model.path.name}: {reason}")
         self.n_batch: int = params.n_batch
         self.cache_bytes: int = self._lib._lib.turbokv_cache_bytes(self.handle)

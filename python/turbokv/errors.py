@@ -1,6 +1,13 @@
 """The exceptions that users see, and the exit codes that they become."""
 
+import signal
+
 FAILED, REFUSED, INTERRUPTED = 1, 3, 130  # 2 is wrong usage
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9: what ended a process, as people know it."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 class TurbokvError(Exception):

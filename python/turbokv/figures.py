@@ -16,7 +16,7 @@ import altair as alt
 import vl_convert
 
 from turbokv import labels, record
-from turbokv.findings import FAMILIES, Divergences, Family, Speeds, family, interval, mean_kld, short
+from turbokv.findings import F16, FAMILIES, Divergences, Family, Speeds, family, interval, mean_kld, short
 from turbokv.labels import Box
 from turbokv.tables import significant
 
@@ -217,7 +217,7 @@ def speed_panels(group: Speeds, test: str, width: int = 235, height: int = 220) 
     for cache, by_depth in group.results.items():
         found = [(depth, getattr(r, test)) for depth, r in sorted(by_depth.items())]
         kept = [(depth, speed) for depth, speed in found if speed is not None and speed.ratio_f16 is not None]
-        if kept and cache != "f16/f16":
+        if kept and cache != F16:
             speeds[cache] = kept
     if not speeds:
         return []

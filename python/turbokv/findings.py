@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, TypeVar
 
-from turbokv import record
+from turbokv import cache_type, record
 from turbokv.record import requested
 from turbokv.spec import BY_NAME
 
-F16 = "f16/f16"
+F16 = str(cache_type.F16)
 Family = Literal["upstream", "turbo", "tbq", "mixed"]
 FAMILIES: tuple[Family, ...] = ("upstream", "turbo", "tbq", "mixed")
 Measured = record.KldResult | record.NeedleResult | record.SpeedResult | record.ServerResult

@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbokv import native
-from turbokv.cache_type import CachePair, bits_per_value
+from turbokv.cache_type import F16, CachePair, bits_per_value
 from turbokv.engine import Context, Model
 from turbokv.haystack import TASKS, Haystack, Plan, Question, Tokens, alternatives
-from turbokv.perplexity import F16
 from turbokv.reference import log_normalizer
 from turbokv.stats import cluster_bootstrap_ci95
 

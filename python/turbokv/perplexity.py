@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbokv import diagnosis, native
-from turbokv.cache_type import CachePair, bits_per_value
+from turbokv.cache_type import F16, CachePair, bits_per_value
 from turbokv.engine import MAX_UBATCH, Context, Model
 from turbokv.errors import TurbokvError
 from turbokv.fingerprint import text_fingerprint
@@ -41,7 +41,6 @@ from turbokv.stats import bootstrap_ci95, trimmed_mean
 if TYPE_CHECKING:  # pydantic takes a while to import, and `turbokv --help` does not need it
     from turbokv import record
 
-F16 = CachePair("f16", "f16")
 NOISE_UBATCH = 32
 LAST = 64  # positions of every window that are summed up separately, too
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from turbokv import data, native
-from turbokv.cache_type import CachePair, parse_pairs
+from turbokv.cache_type import F16, CachePair, parse_pairs
 from turbokv.doctor import cpu_name
 from turbokv.engine import interrupts
 from turbokv.errors import TurbokvError
@@ -231,7 +231,7 @@ def _candidate(
         return record.Candidate(requested=str(pair), cache=None, refused=str(error))
     longest = sizes.longest(pair, memory, max(ctx, sizes.model.n_ctx_train), parallel)
     total = sizes.weights + usage.total
-    is_f16 = effective == "f16/f16"  # the reference: 0 and 1 by definition
+    is_f16 = effective == str(F16)  # the reference: 0 and 1 by definition
     kld = record.Estimate(mean=0.0, ci95=None) if is_f16 else known.kld.get(effective)
     speed = known.speed.get(effective)
     return record.Candidate(

@@ -174,7 +174,7 @@ def panel_labels(groups: list[Divergences]) -> list[str]:
 def heat_maps(group: Needles) -> list[HeatMap]:
     """f16's first, then one per cache; depths down, lengths across."""
     reference = {(c.length, c.depth): c for r in group.results for c in r.cells}
-    maps = [_heat_map(group, "f16/f16", reference, of_f16=True)]
+    maps = [_heat_map(group, findings.F16, reference, of_f16=True)]
     return maps + [
         _heat_map(group, r.requested, {(c.length, c.depth): c for c in r.cells}, of_f16=False)
         for r in group.results

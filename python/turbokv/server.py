@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import socket
 import subprocess
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 
 from turbokv import native
 from turbokv.closing import Closing
-from turbokv.errors import TurbokvError
+from turbokv.errors import TurbokvError, signal_name
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback: never through a proxy
 
@@ -77,7 +76,7 @@ class Server(Closing):
         status = self._process.poll()
         if status is None:
             return None
-        return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        return f"by {signal_name(-status)}" if status < 0 else f"with status {status}"
 
     def _wait(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout

@@ -33,7 +33,7 @@ from scipy.special import stdtrit
 
 from turbokv import data, memory, native, throughput
 from turbokv.bench import bench
-from turbokv.cache_type import CachePair, bits_per_value, parse_pairs
+from turbokv.cache_type import F16, CachePair, bits_per_value, parse_pairs
 from turbokv.cell import Cell, CellFailed, Plan, Step
 from turbokv.doctor import cpu_name
 from turbokv.energy import Meter
@@ -43,7 +43,6 @@ from turbokv.samples import Sample, SamplesFile, differences, samples_path
 if TYPE_CHECKING:
     from turbokv import record  # slow to import
 
-F16 = CachePair("f16", "f16")
 DRIFT = 0.03  # a run whose anchor moves more than this says so
 
 

@@ -6,7 +6,6 @@ of a line is cut off before the next one is written, and is not read.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from turbokv import data
 from turbokv.errors import TurbokvError
 from turbokv.record import SCHEMA_VERSION, Record
 
@@ -84,9 +84,7 @@ def append(path: Path, record: Record) -> None:
     except Timeout:
         raise TurbokvError(f"{file} has been locked for {LOCK_TIMEOUT} s by another process: is one hanging?") from None
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fix = "Free some space" if full else "Choose another folder"
-        raise TurbokvError(f"cannot write {file}: {error.strerror}. {fix} and run it again") from error
+        raise data.cannot_write(file, error) from error
 
 
 def _append(file: Path, line: bytes) -> None:

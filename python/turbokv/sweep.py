@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from turbokv import circumstances, data, store
-from turbokv.errors import REFUSED, TurbokvError
+from turbokv.errors import REFUSED, TurbokvError, signal_name
 from turbokv.plan import Plan, Task
 from turbokv.record import Record, Refusal, Result, requested
 from turbokv.spec import BY_NAME
@@ -304,9 +304,8 @@ def _result(cell: Cell, status: int, lines: list[str], output: Path) -> Result:
         return Refusal(task=cell.task, cache=cell.cache, reason=reason)
     if status < 0:
         number = -status
-        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         hint = ", out of memory?" if number == signal.SIGKILL else ""
-        raise CellFailed(f"killed by {name}{hint}")
+        raise CellFailed(f"killed by {signal_name(number)}{hint}")
     if status:
         raise CellFailed(reason or "; ".join(lines[-3:]) or f"exit code {status}, no reason given")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -10,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -36,8 +34,8 @@ def deliver(tables: list[Table], content: str, json_file: Path | None) -> None:
             out.print(table)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes it again at exit
-        failure = failure or TurbokvError(f"the table could not be printed: {error.strerror}")
+        not_printed = _not_printed("table", error)
+        failure = failure or not_printed
     if failure:
         raise failure
 
@@ -48,8 +46,26 @@ def write_out(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes it again at exit
-        raise TurbokvError(f"the output could not be printed: {error.strerror}") from error
+        raise _not_printed("output", error) from error
+
+
+def _not_printed(what: str, error: OSError) -> TurbokvError:
+    """What to say; from here on stdout goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes it again at exit
+    return TurbokvError(f"the {what} could not be printed: {error.strerror}")
+
+
+def number(value: float | None, digits: int, *, sign: str = "") -> str:
+    """For a table; `-` for what was not measured."""
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def interval(ends: tuple[float, float] | None, digits: int) -> str:
+    return f"{ends[0]:.{digits}f}..{ends[1]:.{digits}f}" if ends else "-"
+
+
+def percent(share: float | None, digits: int) -> str:
+    return "-" if share is None else f"{100 * share:.{digits}f} %"
 
 
 @contextmanager
@@ -91,11 +107,3 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"{seconds / unit:.1f} {name}"
     return f"{seconds:.0f} s"
-
-
-def nan_to_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: nan_to_null(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [nan_to_null(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from test_cli import check_refused, interrupted, strict_json, turbokv
 from tiny_models import write_llama
 from turbokv import data, haystack, native, needle
-from turbokv.cache_type import parse_pairs
+from turbokv.cache_type import F16, parse_pairs
 from turbokv.engine import Context, Model
 from turbokv.haystack import Haystack, Plan, Question, Task, Tokens
 from turbokv.needle import Answer, Measurement
-from turbokv.perplexity import F16
 from turbokv.record import NeedleResult, Text
 from turbokv.stats import cluster_bootstrap_ci95
 

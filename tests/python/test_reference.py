@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from turbokv import cache_type, data, engine, native, perplexity, reference
-from turbokv.cache_type import CachePair
+from turbokv.cache_type import F16, CachePair
 from turbokv.engine import Context, Model
-from turbokv.perplexity import F16, score
+from turbokv.perplexity import score
 from turbokv.reference import Reference, Store, encode
 
 N, N_VOCAB = 40, 50

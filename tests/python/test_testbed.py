@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from measured import measured
 from numpy.typing import NDArray
-from turbokv import data, engine, perplexity, testbed
+from turbokv import cache_type, data, engine, perplexity, testbed
 from turbokv.errors import TurbokvError
 
 # --- profiles
@@ -253,7 +253,7 @@ def f16_logits(model_path: Path) -> tuple[NDArray[np.float32], NDArray[np.int32]
     with engine.Model(model_path) as model:
         tokens = model.tokenize(data.read_text(None))
         window = perplexity.windows(model, tokens, CTX, 1)[0]
-        with engine.Context(model, perplexity.F16, CTX, engine.default_threads()) as context:
+        with engine.Context(model, cache_type.F16, CTX, engine.default_threads()) as context:
             logits = np.concatenate([part.copy() for part in context.logits(window, CTX // 2)])
     return logits[:-1], window[CTX // 2 + 1 :]
 

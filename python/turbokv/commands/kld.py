@@ -22,10 +22,10 @@ from turbokv.commands.options import (
     ThreadsOption,
 )
 from turbokv.errors import TurbokvError
-from turbokv.terminal import deliver, err, progress
+from turbokv.terminal import deliver, err, interval, number, percent, progress
 
 if TYPE_CHECKING:
-    from turbokv.record import Interval, KldResult
+    from turbokv.record import KldResult
 
 
 class TokenPath(StrEnum):
@@ -228,8 +228,8 @@ def _table(results: list[KldResult], *, wide: bool) -> Table:
         table.add_row(*column.values())
     if floor := first.noise_floor:
         table.caption = (
-            f"noise floor, f16 in batches of {floor.n_ubatch}: mean KLD {_number(floor.mean_kld, 6)}, "
-            f"same top {_percent(floor.same_top)}"
+            f"noise floor, f16 in batches of {floor.n_ubatch}: mean KLD {number(floor.mean_kld, 6)}, "
+            f"same top {percent(floor.same_top, 2)}"
         )
     return table
 
@@ -242,32 +242,20 @@ def _columns(result: KldResult, *, wide: bool) -> dict[str, str]:
         "cache K/V": result.cache,
         "bits K/V": f"{result.bits_k:g}/{result.bits_v:g}",
         "KV MiB": f"{result.kv_bytes / 2**20:.2f}",
-        "PPL": _number(result.ppl, 3),
-        "dNLL": f"{_number(delta.mean, 5)} ±{_number(half, 5)}",
+        "PPL": number(result.ppl, 3),
+        "dNLL": f"{number(delta.mean, 5)} ±{number(half, 5)}",
     }
     if kld := result.kld:
-        columns |= {"mean KLD": _number(kld.mean, 6), "95% CI": _interval(kld.ci95, 6)}
+        columns |= {"mean KLD": number(kld.mean, 6), "95% CI": interval(kld.ci95, 6)}
         if wide:
-            columns["trimmed"] = _number(kld.trimmed_mean, 6)
-        columns["median"] = _number(kld.median, 6)
+            columns["trimmed"] = number(kld.trimmed_mean, 6)
+        columns["median"] = number(kld.median, 6)
         if wide:
-            columns["99%"] = _number(kld.p99, 4)
-        columns["99.9%"] = _number(kld.p999, 4)
+            columns["99%"] = number(kld.p99, 4)
+        columns["99.9%"] = number(kld.p999, 4)
         if wide:
-            columns["max"] = _number(kld.max, 4)
+            columns["max"] = number(kld.max, 4)
         if wide and result.last64:
-            columns["last 64"] = _number(result.last64.mean, 6)
-        columns["same top"] = _percent(result.same_top)
+            columns["last 64"] = number(result.last64.mean, 6)
+        columns["same top"] = percent(result.same_top, 2)
     return columns
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _interval(ends: Interval | None, digits: int) -> str:
-    return f"{ends[0]:.{digits}f}..{ends[1]:.{digits}f}" if ends else "-"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f} %"

@@ -16,7 +16,7 @@ from turbokv import needle as measurement
 from turbokv.cache_type import DEFAULT_CACHES
 from turbokv.commands.options import CacheOption, ModelOption, ThreadsOption
 from turbokv.errors import TurbokvError
-from turbokv.terminal import deliver, err, progress
+from turbokv.terminal import deliver, err, number, percent, progress
 
 if TYPE_CHECKING:  # pydantic is slow to import
     from turbokv import record
@@ -198,11 +198,11 @@ def _table(results: list[record.NeedleResult]) -> Table:
         table.add_row(
             result.cache,
             f"{result.bits_k:g}/{result.bits_v:g}",
-            _percent(accuracy.mean),
+            percent(accuracy.mean, 1),
             "-" if accuracy.ci95 is None else f"{100 * accuracy.ci95[0]:.1f}..{100 * accuracy.ci95[1]:.1f}",
-            _percent(result.accuracy_f16),
-            _number(result.margin.mean),
-            _number(change.mean, sign="+"),
+            percent(result.accuracy_f16, 1),
+            number(result.margin.mean, 3),
+            number(change.mean, 3, sign="+"),
             "-" if change.ci95 is None else f"{change.ci95[0]:+.3f}..{change.ci95[1]:+.3f}",
             str(result.lost),
             str(result.gained),
@@ -227,12 +227,4 @@ def _heat(cell: record.NeedleCell | None) -> Text:
     if cell is None:
         return Text("-")
     style = next(style for least, style in HEAT if cell.accuracy >= least)
-    return Text(f" {100 * cell.accuracy:3.0f}  {_number(cell.margin_delta, sign='+', digits=2):>6} ", style)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def _number(value: float | None, *, sign: str = "", digits: int = 3) -> str:
-    return "-" if value is None else f"{value:{sign}.{digits}f}"
+    return Text(f" {100 * cell.accuracy:3.0f}  {number(cell.margin_delta, 2, sign='+'):>6} ", style)

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from turbokv import data
 from turbokv import recommend as advice
+from turbokv.cache_type import F16
 from turbokv.commands.options import ModelOption
 from turbokv.errors import TurbokvError
 from turbokv.recommend import CACHES, show_bytes
-from turbokv.terminal import deliver, err, out
+from turbokv.terminal import deliver, err, interval, out
 
 if TYPE_CHECKING:
     from turbokv import record  # slow to import
@@ -96,14 +97,10 @@ def _table(answer: record.Recommendation) -> Table:
         sizes = [f"{(size or 0) / 2**20:.1f}" for size in (c.kv_bytes, c.compute_bytes, c.total_bytes)]
         kld = ["-", "-"]
         if c.kld and c.kld.mean is not None:
-            kld = [f"{c.kld.mean:.6f}", _interval(c.kld.ci95, 6)]
-        speed = ["-" if c.tg_ratio_f16 is None else f"{c.tg_ratio_f16:.3f}", _interval(c.tg_ratio_ci95, 3)]
+            kld = [f"{c.kld.mean:.6f}", interval(c.kld.ci95, 6)]
+        speed = ["-" if c.tg_ratio_f16 is None else f"{c.tg_ratio_f16:.3f}", interval(c.tg_ratio_ci95, 3)]
         table.add_row(name, *sizes, "yes" if c.fits else "no", str(c.longest_ctx), *kld, *speed)
     return table
-
-
-def _interval(ends: tuple[float, float] | None, digits: int) -> str:
-    return f"{ends[0]:.{digits}f}..{ends[1]:.{digits}f}" if ends else "-"
 
 
 def _sentences(answer: record.Recommendation, model: Path) -> list[str]:
@@ -132,7 +129,7 @@ def _sentences(answer: record.Recommendation, model: Path) -> list[str]:
     if answer.recommended:
         best = answer.candidates[0]
         why = "the best by measured KLD" if best.kld else "the largest that fits; its quality is not measured"
-        if best.cache == "f16/f16":
+        if best.cache == str(F16):
             why = "the reference, which loses nothing"
         room = show_bytes(answer.memory - (best.total_bytes or 0))
         lines.append(f"Recommended: {answer.recommended}, {why}; {room} stay free. --cache-ram 0 keeps the server from")

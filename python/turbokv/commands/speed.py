@@ -19,7 +19,7 @@ from turbokv.cache_type import DEFAULT_CACHES
 from turbokv.cell import REQUESTS_PER_SLOT, Plan, Step
 from turbokv.commands.options import CacheOption, ModelOption, ThreadsOption
 from turbokv.errors import TurbokvError
-from turbokv.terminal import deliver, duration, err, terminated_as_interrupted
+from turbokv.terminal import deliver, duration, err, interval, number, terminated_as_interrupted
 
 if TYPE_CHECKING:
     from turbokv import record  # slow to import
@@ -196,8 +196,8 @@ def _empty_table(what: str, results: list[record.SpeedResult] | list[record.Serv
 
 def _add_row(table: Table, result: record.SpeedResult | record.ServerResult, cells: list[str]) -> None:
     failed = " (failed)" * (result.error is not None)
-    sizes = [_number(size and size / 2**20, 2) for size in (result.kv_bytes, result.peak_bytes)]
-    energy = [_number(result.joules_per_token, 4)] * (table.columns[-1].header == "J/token")
+    sizes = [number(size and size / 2**20, 2) for size in (result.kv_bytes, result.peak_bytes)]
+    energy = [number(result.joules_per_token, 4)] * (table.columns[-1].header == "J/token")
     asked = result.cache if result.kind == "speed" else result.requested
     table.add_row(asked + failed, *cells, *sizes, *energy)
 
@@ -220,7 +220,7 @@ def _server_table(results: list[record.ServerResult]) -> Table:
     table = _empty_table(what, results, columns)
     for r in results:
         speeds = _mean_and_ratio(r.tokens_per_second, r.ci95, r.ratio_f16, r.ratio_ci95)
-        rest = [_number(r.prompt_tokens_per_second, 1), _number(r.latency_p50, 2), _number(r.latency_p95, 2)]
+        rest = [number(r.prompt_tokens_per_second, 1), number(r.latency_p50, 2), number(r.latency_p95, 2)]
         _add_row(table, r, speeds + rest)
     return table
 
@@ -234,12 +234,5 @@ def _speed_columns(summary: record.Speed | None) -> list[str]:
 def _mean_and_ratio(
     mean: float | None, ci95: tuple[float, float] | None, ratio: float | None, ratio_ci95: tuple[float, float] | None
 ) -> list[str]:
-    def interval(ends: tuple[float, float] | None, digits: int) -> str:
-        return f"{ends[0]:.{digits}f}..{ends[1]:.{digits}f}" if ends else "-"
-
     digits = 2 if mean is None or mean < 100 else 1
-    return [_number(mean, digits), interval(ci95, digits), _number(ratio, 3), interval(ratio_ci95, 3)]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return [number(mean, digits), interval(ci95, digits), number(ratio, 3), interval(ratio_ci95, 3)]
