@@ -123,7 +123,13 @@ set(LLAMA_USE_PREBUILT_UI OFF CACHE BOOL "Download the web UI while building")
 set(GGML_RPC              ON  CACHE BOOL "Build rpc-server")
 set(BUILD_SHARED_LIBS     ON)
 
-foreach (backend BLAS CANN CUDA HEXAGON HIP METAL MUSA OPENCL OPENVINO SYCL VIRTGPU VULKAN WEBGPU ZDNN)
+if (TURBOKV_CUDA)
+    set(GGML_CUDA ON)
+elseif (GGML_CUDA)
+    message(FATAL_ERROR "turbokv: -DGGML_CUDA=ON alone would build the CUDA backend without our kernels; "
+                        "configure with -DTURBOKV_CUDA=ON instead")
+endif()
+foreach (backend BLAS CANN HEXAGON HIP METAL MUSA OPENCL OPENVINO SYCL VIRTGPU VULKAN WEBGPU ZDNN)
     if (GGML_${backend})
         message(FATAL_ERROR "turbokv: the types have CPU kernels only, and llama.cpp would abort on another backend; "
                             "configure with -DGGML_${backend}=OFF")
