@@ -15,4 +15,4 @@ int turbokv_cuda_supports_op(int device, const ggml_tensor * op);
 bool turbokv_cuda_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // Bytes of a tensor's allocation: its data and the scratch of its operation. 0: not ours, upstream decides.
-size_t turbokv_cuda_alloc_size(const ggml_tensor * tensor);
+size_t turbokv_cuda_alloc_size(int device, const ggml_tensor * tensor);
