@@ -136,8 +136,8 @@ elseif (GGML_CUDA)
 endif()
 foreach (backend BLAS CANN HEXAGON HIP METAL MUSA OPENCL OPENVINO SYCL VIRTGPU VULKAN WEBGPU ZDNN)
     if (GGML_${backend})
-        message(FATAL_ERROR "turbokv: the types have CPU and CUDA kernels only, and llama.cpp would abort on another backend; "
-                            "configure with -DGGML_${backend}=OFF")
+        message(FATAL_ERROR "turbokv: the types have CPU and CUDA kernels only, and llama.cpp would abort on another "
+                            "backend; configure with -DGGML_${backend}=OFF")
     endif()
 endforeach()
 set(GGML_METAL OFF CACHE BOOL "No Metal kernels yet")
