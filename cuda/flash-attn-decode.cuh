@@ -100,13 +100,8 @@ static __device__ __forceinline__ void split_bytes(uint32_t x0, uint32_t x1, uin
     high               = permute_bytes(x01, x23, 0x7632);
 }
 
-// Integers of magnitude below 2^22 and floats. Added to MAGIC, an integer is the lowest bits of a float.
-#define MAGIC      12582912.0f  // 1.5 * 2^23
-#define MAGIC_BITS 0x4b400000
-
-static __device__ __forceinline__ float magic_float(int c) {
-    return __int_as_float(c) - MAGIC;
-}
+// Added to it, a number of magnitude below 2^22 is rounded to an integer, which is the lowest bits of the sum.
+#define MAGIC 12582912.0f  // 1.5 * 2^23
 
 // Pieces of 16 bytes that a row touches at most: rows begin at even addresses.
 constexpr __host__ __device__ int kv_pieces(int row_bytes) {
@@ -221,7 +216,7 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
     // ---- scores: s[mt][j][i] of column g, key 8j + 2t + i of the tile, in units of log 2 after `factor`
 
     static __device__ __forceinline__ void scores(const decode_params & p, const uint8_t * rows,
-                                                  const uint32_t (&q)[Q_IN_REGISTERS ? MT * K_STEPS : 1][4],
+                                                  const uint4 (&q)[Q_IN_REGISTERS ? MT * K_STEPS : 1],
                                                   const uint4 * q_shared, int lane, float (&s)[MT][4][2]) {
         const int g = lane >> 2, t = lane & 3;
 #pragma unroll
@@ -232,19 +227,19 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
                 s[mt][j][0] = s[mt][j][1] = 0.0f;
             }
             if constexpr (KF == KV_F16) {
-                float c[MT][4] = { };
+                float4 c[MT] = { };
 #pragma unroll
                 for (int step = 0; step < K_STEPS; ++step) {
                     const uint32_t b0 = load_u32(row + 32 * step + 4 * t), b1 = load_u32(row + 32 * step + 16 + 4 * t);
 #pragma unroll
                     for (int mt = 0; mt < MT; ++mt) {
-                        mma_f16(c[mt], query(q, q_shared, mt * K_STEPS + step, lane).x, b0, b1);
+                        c[mt] = mma_f16(query(q, q_shared, mt * K_STEPS + step, lane), b0, b1, c[mt]);
                     }
                 }
 #pragma unroll
                 for (int mt = 0; mt < MT; ++mt) {
-                    s[mt][j][0] = c[mt][0] + c[mt][2];
-                    s[mt][j][1] = c[mt][1] + c[mt][3];
+                    s[mt][j][0] = c[mt].x + c[mt].z;
+                    s[mt][j][1] = c[mt].y + c[mt].w;
                 }
             } else {
                 constexpr int STEPS = k_codec::BLOCK / 32;
@@ -256,31 +251,47 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
                     const float     d0 = load_half(scale), d1 = load_half(scale + p.k.row);
 #pragma unroll
                     for (int mt = 0; mt < MT; ++mt) {
-                        int c[4] = { };
+                        int4 c = { };
 #pragma unroll
                         for (int step = 0; step < STEPS; ++step) {
-                            mma_s8(c, query(q, q_shared, mt * K_STEPS + block * STEPS + step, lane).x, b[step][0],
-                                   b[step][1]);
+                            c = mma_s8(query(q, q_shared, mt * K_STEPS + block * STEPS + step, lane), b[step][0],
+                                       b[step][1], c);
                         }
-                        s[mt][j][0] += (float) (c[0] * 256 + c[2]) * d0;
-                        s[mt][j][1] += (float) (c[1] * 256 + c[3]) * d1;
+                        s[mt][j][0] += (float) (c.x * 256 + c.z) * d0;
+                        s[mt][j][1] += (float) (c.y * 256 + c.w) * d1;
                     }
                 }
             }
         }
     }
 
-    struct operand_a {
-        uint32_t x[4];
-    };
+    static __device__ __forceinline__ uint4 query(const uint4 (&q)[Q_IN_REGISTERS ? MT * K_STEPS : 1],
+                                                  const uint4 * q_shared, int i, int lane) {
+        return Q_IN_REGISTERS ? q[i] : q_shared[i * 32 + lane];
+    }
 
-    static __device__ __forceinline__ operand_a query(const uint32_t (&q)[Q_IN_REGISTERS ? MT * K_STEPS : 1][4],
-                                                      const uint4 * q_shared, int i, int lane) {
-        if constexpr (Q_IN_REGISTERS) {
-            return { { q[i][0], q[i][1], q[i][2], q[i][3] } };
-        } else {
-            const uint4 x = q_shared[i * 32 + lane];
-            return { { x.x, x.y, x.z, x.w } };
+    // Products -> scores in units of log 2, of one column: scaled, capped, with the mask.
+    static __device__ __forceinline__ void finish_scores(const decode_params & p, const uint32_t (&seen)[4],
+                                                         float q_unit, float slope, bool biased, float (&s)[4][2]) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            s[j][0] *= q_unit;
+            s[j][1] *= q_unit;
+        }
+        if (p.softcap != 0.0f) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                s[j][0] = p.softcap * LOG2E * tanhf(s[j][0]);
+                s[j][1] = p.softcap * LOG2E * tanhf(s[j][1]);
+            }
+        }
+        if (biased) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {  // whatever a hidden key scores
+                const float2 bias = __half22float2(*(const half2 *) &seen[j]);
+                s[j][0]           = bias.x == -INFINITY ? -INFINITY : s[j][0] + slope * bias.x;
+                s[j][1]           = bias.y == -INFINITY ? -INFINITY : s[j][1] + slope * bias.y;
+            }
         }
     }
 
@@ -302,17 +313,20 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
                                                       float (&o)[MT][V_TILES][2]) {
         const int g = lane >> 2, t = lane & 3;
         if constexpr (VF == KV_F16) {
-            uint32_t a[MT][2][4];
+            uint4 a[MT][2];
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
+                uint32_t x[4][2];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const half2 high = __floats2half2_rn(prob[mt][j][0], prob[mt][j][1]);
                     const half2 low =
                         __floats2half2_rn(prob[mt][j][0] - __low2float(high), prob[mt][j][1] - __high2float(high));
-                    a[mt][j / 2][j % 2 * 2]     = *(const uint32_t *) &high;
-                    a[mt][j / 2][j % 2 * 2 + 1] = *(const uint32_t *) &low;
+                    x[j][0] = *(const uint32_t *) &high;
+                    x[j][1] = *(const uint32_t *) &low;
                 }
+                a[mt][0] = { x[0][0], x[0][1], x[1][0], x[1][1] };
+                a[mt][1] = { x[2][0], x[2][1], x[3][0], x[3][1] };
             }
 #pragma unroll
             for (int pair = 0; pair < V_TILES / 2; ++pair) {
@@ -328,11 +342,10 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
                 for (int odd = 0; odd < 2; ++odd) {
 #pragma unroll
                     for (int mt = 0; mt < MT; ++mt) {
-                        float c[4] = { };
-                        mma_f16(c, a[mt][0], b[odd][0], b[odd][1]);
-                        mma_f16(c, a[mt][1], b[odd][2], b[odd][3]);
-                        o[mt][2 * pair + odd][0] += (c[0] + c[2]) * weight[mt];
-                        o[mt][2 * pair + odd][1] += (c[1] + c[3]) * weight[mt];
+                        float4 c = mma_f16(a[mt][0], b[odd][0], b[odd][1], { });
+                        c        = mma_f16(a[mt][1], b[odd][2], b[odd][3], c);
+                        o[mt][2 * pair + odd][0] += (c.x + c.z) * weight[mt];
+                        o[mt][2 * pair + odd][1] += (c.y + c.w) * weight[mt];
                     }
                 }
             }
@@ -353,8 +366,8 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
                         packed[j / 2][j % 2 * 2 + i] = v_codec::load(row, g);
                     }
                 }
-                uint32_t a[MT][4];
-                float    unit[MT];
+                uint4 a[MT];
+                float unit[MT];
 #pragma unroll
                 for (int mt = 0; mt < MT; ++mt) {
                     unit[mt] = weight[mt] * fixed_point(prob[mt], d, a[mt]);
@@ -369,10 +382,9 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
                         const int tile = block * TILES + part * v_codec::PART + n;
 #pragma unroll
                         for (int mt = 0; mt < MT; ++mt) {
-                            int c[4] = { MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS };
-                            mma_s8(c, a[mt], b0[n], b1[n]);
-                            o[mt][tile][0] += (magic_float(c[0]) * 256.0f + magic_float(c[2])) * unit[mt];
-                            o[mt][tile][1] += (magic_float(c[1]) * 256.0f + magic_float(c[3])) * unit[mt];
+                            const int4 c = mma_s8(a[mt], b0[n], b1[n], { });
+                            o[mt][tile][0] += (float) (c.x * 256 + c.z) * unit[mt];
+                            o[mt][tile][1] += (float) (c.y * 256 + c.w) * unit[mt];
                         }
                     }
                 }
@@ -383,7 +395,7 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
     // Probability times scale as 16-bit numbers; returns their unit, without the step. Not finite where a key that
     // counts has a scale that is not: as unsigned numbers, infinity and NaN are above all finite floats.
     static __device__ __forceinline__ float fixed_point(const float (&prob)[4][2], const float (&d)[4][2],
-                                                        uint32_t (&a)[4]) {
+                                                        uint4 & a) {
         float    x[4][2];
         uint32_t top = 0;
 #pragma unroll
@@ -406,8 +418,8 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
                 n[j][i] = __float_as_uint(x[j][i] * unit + (MAGIC + 128.0f));
             }
         }
-        split_bytes(n[0][0], n[0][1], n[1][0], n[1][1], a[0], a[1]);
-        split_bytes(n[2][0], n[2][1], n[3][0], n[3][1], a[2], a[3]);
+        split_bytes(n[0][0], n[0][1], n[1][0], n[1][1], a.x, a.y);
+        split_bytes(n[2][0], n[2][1], n[3][0], n[3][1], a.z, a.w);
         return most * (1.0f / 32512.0f);
     }
 
@@ -453,21 +465,22 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
     static __device__ __forceinline__ void load_mask(const decode_params & p, const half * const (&mask)[MT], int first,
                                                      int t, uint32_t (&x)[MT][4]) {
         constexpr uint32_t HIDDEN = 0xfc00;  // -infinity
+        const bool         whole  = first + DECODE_TILE <= p.n_kv;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
+            const uint16_t * m = (const uint16_t *) mask[mt] + first + 2 * t;
+            if (whole && (!p.mask || p.mask_pairs)) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    x[mt][j] = p.mask ? *(const uint32_t *) (m + 8 * j) : 0;
+                }
+                continue;
+            }
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int        key = first + 8 * j + 2 * t;
-                const uint16_t * m   = (const uint16_t *) mask[mt] + key;
-                if (!p.mask) {
-                    x[mt][j] = 0;
-                } else if (p.mask_pairs && key + 1 < p.n_kv) {
-                    x[mt][j] = *(const uint32_t *) m;
-                } else {
-                    x[mt][j] = (key < p.n_kv ? m[0] : 0) | (key + 1 < p.n_kv ? m[1] : 0) << 16;
-                }
-                x[mt][j] = key < p.n_kv ? x[mt][j] : HIDDEN | HIDDEN << 16;
-                x[mt][j] = key + 1 < p.n_kv ? x[mt][j] : (x[mt][j] & 0xffff) | HIDDEN << 16;
+                const int left = p.n_kv - (first + 8 * j + 2 * t);
+                x[mt][j]       = (left < 1 ? HIDDEN : p.mask ? m[8 * j] : 0) |
+                           (left < 2 ? HIDDEN : p.mask ? m[8 * j + 1] : 0) << 16;
             }
         }
     }
@@ -536,12 +549,11 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     __syncthreads();
 
     const uint4 * q_shared = (const uint4 *) q_operands;
-    uint32_t      q[kernel::Q_IN_REGISTERS ? MT * kernel::K_STEPS : 1][4];
+    uint4         q[kernel::Q_IN_REGISTERS ? MT * kernel::K_STEPS : 1];
     if constexpr (kernel::Q_IN_REGISTERS) {
 #pragma unroll
         for (int i = 0; i < MT * kernel::K_STEPS; ++i) {
-            const uint4 x = q_shared[i * 32 + lane];
-            q[i][0] = x.x, q[i][1] = x.y, q[i][2] = x.z, q[i][3] = x.w;
+            q[i] = q_shared[i * 32 + lane];
         }
     }
 
@@ -578,16 +590,18 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         const int first = tile * DECODE_TILE;
         uint8_t * at    = stages + slot * stage_bytes;
 
-        bool any = false;
+        bool any = false, biased = false;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 seen[mt][j] = seen_next[mt][j];
                 any         = any || seen[mt][j] != 0xfc00fc00;
+                biased      = biased || seen[mt][j] != 0;
             }
         }
-        any = __any_sync(0xffffffff, any);
+        any    = __any_sync(0xffffffff, any);
+        biased = __any_sync(0xffffffff, biased);
         kernel::load_mask(p, mask, first + step * DECODE_TILE, t, seen_next);
 
         const uint8_t * k_rows = at + ((uintptr_t) (k_head + first * p.k.nb1) & 15);
@@ -607,21 +621,11 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
             float factor[MT];
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
+                kernel::finish_scores(p, seen[mt], q_unit[mt], slope[mt], biased, s[mt]);
                 float most = -INFINITY;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    const float2 bias = __half22float2(*(const half2 *) &seen[mt][j]);
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const float b = i == 0 ? bias.x : bias.y;
-                        float       x = s[mt][j][i] * q_unit[mt];
-                        if (p.softcap != 0.0f) {
-                            x = p.softcap * LOG2E * tanhf(x);
-                        }
-                        x           = b == -INFINITY ? -INFINITY : x + slope[mt] * b;  // whatever a hidden key scores
-                        s[mt][j][i] = x;
-                        most        = fmaxf(most, x);
-                    }
+                    most = fmaxf(most, fmaxf(s[mt][j][0], s[mt][j][1]));
                 }
                 most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
                 most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));

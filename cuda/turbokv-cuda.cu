@@ -3,7 +3,7 @@
 #include "turbokv-cuda.h"
 
 #include "cpy.cuh"
-#include "fattn.cuh"
+#include "flash-attn.cuh"
 #include "get-rows.cuh"
 #include "mul-mat.cuh"
 #include "set-rows.cuh"
