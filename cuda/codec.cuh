@@ -317,9 +317,9 @@ static __device__ __forceinline__ unsigned turbokv_bits(T v) {
     }
 }
 
-template <typename T>
+template <bool known_aligned, typename T>
 static __device__ __forceinline__ void turbokv_store_pair(T * y, unsigned a, unsigned b) {
-    const bool aligned = (uintptr_t) y % (2 * sizeof(T)) == 0;
+    const bool aligned = known_aligned || (uintptr_t) y % (2 * sizeof(T)) == 0;
     if constexpr (sizeof(T) == 4) {
         if (aligned) {
             *(uint2 *) y = make_uint2(a, b);
@@ -337,8 +337,9 @@ static __device__ __forceinline__ void turbokv_store_pair(T * y, unsigned a, uns
     }
 }
 
-// Values in float, half or nv_bfloat16; the latter are the float rounded to nearest.
-template <typename codec, typename T>
+// Values in float, half or nv_bfloat16; the latter are the float rounded to nearest. `aligned`: y is, to a pair of
+// them.
+template <bool aligned = false, typename codec, typename T>
 static __device__ __forceinline__ void turbokv_store_values(const turbokv_indices<codec> & in, T * y) {
     const int   lane  = turbokv_lane();
     const float level = codec::level(lane % codec::n_levels);
@@ -368,7 +369,7 @@ static __device__ __forceinline__ void turbokv_store_values(const turbokv_indice
                 turbokv_bits(ggml_cuda_cast<T>(__fmul_rn(v[h][0], __fmul_rn(factor, turbokv_srht_signs[j]))));
             const unsigned b =
                 turbokv_bits(ggml_cuda_cast<T>(__fmul_rn(v[h][1], __fmul_rn(factor, turbokv_srht_signs[j + 1]))));
-            turbokv_store_pair(y + j, a, b);
+            turbokv_store_pair<aligned>(y + j, a, b);
         }
     } else {
         const unsigned scaled = turbokv_bits(ggml_cuda_cast<T>(__fmul_rn(level, in.d)));
@@ -376,7 +377,7 @@ static __device__ __forceinline__ void turbokv_store_values(const turbokv_indice
         for (int h = 0; h < codec::qk / 64; ++h) {
             const unsigned a = __shfl_sync(TURBOKV_ALL_LANES, scaled, in.index[h][0]);
             const unsigned b = __shfl_sync(TURBOKV_ALL_LANES, scaled, in.index[h][1]);
-            turbokv_store_pair(y + 2 * lane + 64 * h, a, b);
+            turbokv_store_pair<aligned>(y + 2 * lane + 64 * h, a, b);
         }
     }
 }

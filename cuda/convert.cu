@@ -2,9 +2,9 @@
 // For other types they ask upstream's own, which turbokv-convert.h has renamed.
 //
 // The kernels write y densely. x is dense, or strided (_nc): ne values, and s01, s02, s03 blocks from row to row, plane
-// to plane, .. Each warp decodes BLOCKS neighbouring blocks, whose loads are in flight together: this is what prefill
-// does with the cache, limited by memory bandwidth.
-// Truth: dequantize_row_<type>; the floats are equal, f16 and bf16 are those floats rounded to nearest.
+// to plane, ..; y is aligned to a pair of values. Each warp decodes BLOCKS neighbouring blocks, whose loads are in
+// flight together: prefill does this with the whole cache, and memory bandwidth should be its limit. Truth:
+// dequantize_row_<type>; the floats are equal, f16 and bf16 are those floats rounded to nearest.
 
 #include "ggml-cuda/convert.cuh"
 
@@ -17,27 +17,39 @@ to_fp16_nc_cuda_t turbokv_upstream_to_fp16_nc_cuda(ggml_type type);
 to_fp32_nc_cuda_t turbokv_upstream_to_fp32_nc_cuda(ggml_type type);
 to_bf16_nc_cuda_t turbokv_upstream_to_bf16_nc_cuda(ggml_type type);
 
-static constexpr int BLOCKS = 2;  // per warp
+static constexpr int BLOCKS = 4;  // per warp
 
-template <typename codec, typename T>
+// dense: x is, and view is not looked at.
+template <bool dense, typename codec, typename T>
 static __global__ void __launch_bounds__(TURBOKV_WARPS * WARP_SIZE)
     k_convert(const uint8_t * __restrict__ x, T * __restrict__ y, const turbokv_view view, const int64_t n) {
     const int64_t first = BLOCKS * turbokv_warp();
-    if (first >= n) {
+    const auto    load  = [&](int64_t i) {
+        return turbokv_load_indices<codec>(x + (dense ? i * codec::block_bytes : view.offset(view.position(i))));
+    };
+    if (first + BLOCKS <= n) {
+        turbokv_indices<codec> in[BLOCKS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) {
+            in[b] = load(first + b);
+        }
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) {
+            turbokv_store_values<true>(in[b], y + (first + b) * codec::qk);
+        }
         return;
     }
-    turbokv_indices<codec> in[BLOCKS];
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-        const int64_t i = min(first + b, n - 1);
-        in[b]           = turbokv_load_indices<codec>(x + view.offset(view.position(i)));
+    for (int64_t i = first; i < n; ++i) {
+        turbokv_store_values<true>(load(i), y + i * codec::qk);
     }
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-        if (first + b < n) {
-            turbokv_store_values(in[b], y + (first + b) * codec::qk);
-        }
-    }
+}
+
+template <bool dense, typename codec, typename T>
+static void launch(const void * x, T * y, const turbokv_view & view, int64_t n, cudaStream_t stream) {
+    GGML_ASSERT(n <= INT32_MAX && (uintptr_t) y % (2 * sizeof(T)) == 0);
+    const int64_t grid = turbokv_grid((n + BLOCKS - 1) / BLOCKS);
+    k_convert<dense, codec, T><<<grid, TURBOKV_WARPS * WARP_SIZE, 0, stream>>>((const uint8_t *) x, y, view, n);
+    CUDA_CHECK(cudaGetLastError());
 }
 
 template <typename codec, typename T>
@@ -46,25 +58,24 @@ static void convert_nc(const void * x, T * y, int64_t ne00, int64_t ne01, int64_
     GGML_ASSERT(ne00 % codec::qk == 0);
     constexpr int64_t bytes = codec::block_bytes;
     const int64_t     n     = ne00 / codec::qk * ne01 * ne02 * ne03;
-    if (n == 0) {
-        return;
+    if (n > 0) {
+        const turbokv_view view = { init_fastdiv_values(ne00 / codec::qk),
+                                    init_fastdiv_values(ne01),
+                                    init_fastdiv_values(ne02),
+                                    bytes,
+                                    s01 * bytes,
+                                    s02 * bytes,
+                                    s03 * bytes };
+        launch<false, codec>(x, y, view, n, stream);
     }
-    const turbokv_view view = { init_fastdiv_values(ne00 / codec::qk),
-                                init_fastdiv_values(ne01),
-                                init_fastdiv_values(ne02),
-                                bytes,
-                                s01 * bytes,
-                                s02 * bytes,
-                                s03 * bytes };
-    GGML_ASSERT(n <= INT32_MAX);
-    const int64_t grid = turbokv_grid((n + BLOCKS - 1) / BLOCKS);
-    k_convert<codec, T><<<grid, TURBOKV_WARPS * WARP_SIZE, 0, stream>>>((const uint8_t *) x, y, view, n);
-    CUDA_CHECK(cudaGetLastError());
 }
 
 template <typename codec, typename T>
 static void convert(const void * x, T * y, int64_t k, cudaStream_t stream) {
-    convert_nc<codec, T>(x, y, k, 1, 1, 1, 0, 0, 0, stream);
+    GGML_ASSERT(k % codec::qk == 0);
+    if (k > 0) {
+        launch<true, codec>(x, y, {}, k / codec::qk, stream);
+    }
 }
 
 template <typename T>

@@ -29,6 +29,8 @@ static void check_decode(ggml_type type, const std::vector<uint8_t> & bytes, int
     ggml_get_type_traits(type)->to_float(bytes.data(), want, codec::qk);
     alignas(8) float    f32[codec::qk + 1];
     alignas(8) uint16_t f16[codec::qk + 1];
+    run_warp([&] { turbokv_store_values<true>(turbokv_load_indices<codec>(bytes.data()), f32); });
+    expect(std::equal(want, want + codec::qk, f32, same), type, "decoded values, aligned", block);
     for (int shift = 0; shift < 2; ++shift) {  // odd: pairs are not aligned
         run_warp([&] { turbokv_store_values(turbokv_load_indices<codec>(bytes.data()), f32 + shift); });
         run_warp([&] { turbokv_store_values(turbokv_load_indices<codec>(bytes.data()), (half *) f16 + shift); });
