@@ -30,6 +30,7 @@ static __global__ void flash_attn_combine(const float * partial, const float2 * 
 
     partial += (int64_t) row * n_split * D;
     meta += (int64_t) row * n_split;
+    ggml_cuda_pdl_sync();
 
     const float sink = sinks ? sinks[head] * LOG2E : -INFINITY;
     float       top  = sink;
@@ -212,7 +213,7 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     }
 
     // The keys are split so that all blocks run at once, and if there are more than fit, the last wave is well filled.
-    const int64_t by_registers = head_size * plan.column_tiles <= 128 ? 3 : 2;
+    const int64_t by_registers = decode_blocks_per_sm(head_size, plan.column_tiles);
     const int64_t by_memory    = std::max<int64_t>(1, gpu.smpbo / (plan.shared_bytes + 1024));
     const int64_t n_slots      = gpu.nsm * std::min(by_registers, by_memory);
     const int64_t n_parts      = k->ne[2] * q->ne[3] * plan.n_column_tiles;
@@ -315,16 +316,14 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const dim3         blocks(k->ne[2], plan.n_split, plan.n_column_tiles * q->ne[3]);
     CUDA_CHECK(cudaFuncSetAttribute((const void *) plan.launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int) plan.shared_bytes));
-    plan.launch.kernel<<<blocks, dim3(32, DECODE_WARPS), plan.shared_bytes, stream>>>(p);
-    CUDA_CHECK(cudaGetLastError());
+    ggml_cuda_kernel_launch(plan.launch.kernel, { blocks, dim3(32, DECODE_WARPS), plan.shared_bytes, stream }, p);
 
     const uint4   signs       = { p.srht_signs[0], p.srht_signs[1], p.srht_signs[2], p.srht_signs[3] };
     const float * sinks_data  = sinks ? (const float *) sinks->data : nullptr;
     const auto    combine     = k->ne[0] == 64  ? flash_attn_combine<64> :
                                 k->ne[0] == 128 ? flash_attn_combine<128> :
                                                   flash_attn_combine<256>;
-    combine<<<plan.n_rows, COMBINE_THREADS, 0, stream>>>(p.partial, p.meta, sinks_data, (float *) dst->data, p.n_q,
-                                                         p.n_head, p.n_split, p.v.rotated, signs);
-    CUDA_CHECK(cudaGetLastError());
+    ggml_cuda_kernel_launch(combine, { dim3(plan.n_rows), dim3(COMBINE_THREADS), 0, stream }, p.partial, p.meta, sinks_data,
+                            (float *) dst->data, p.n_q, p.n_head, p.n_split, p.v.rotated, signs);
     return true;
 }

@@ -21,6 +21,7 @@
 
 #pragma once
 
+#include "common.cuh"
 #include "flash-attn-formats.cuh"
 #include "flash-attn-mma.cuh"
 
@@ -117,10 +118,12 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
     static constexpr int COLUMNS  = DECODE_COLUMNS * MT;
     static constexpr bool Q_IN_REGISTERS = MT * K_STEPS <= 8;
 
-    // Shared memory: the query's operands, [MT][K_STEPS][lane][4]; a row of the query for each warp; then the stages,
+    static constexpr int COLUMNS_PER_WARP = COLUMNS / DECODE_WARPS;
+
+    // Shared memory: the query's operands, [MT][K_STEPS][lane][4]; the query as floats, [COLUMNS][D]; then the stages,
     // where in the end the warps are merged.
     static constexpr int Q_BYTES    = MT * K_STEPS * 32 * 16;
-    static constexpr int HEAD_BYTES = Q_BYTES + DECODE_WARPS * D * 4;
+    static constexpr int HEAD_BYTES = Q_BYTES + COLUMNS * D * 4;
 
     static __host__ __device__ size_t stage_bytes(int k_row, int v_row) {
         return (size_t) DECODE_TILE * (k_row + v_row) + 32;
@@ -134,82 +137,89 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
 
     // ---- the query
 
-    // Column c of the block into its place among the operands. `row` is scratch of D floats per warp.
-    static __device__ float load_query(const decode_params & p, const float * q, bool valid, int c, int lane, float * row,
-                                       uint32_t * operands) {
-        constexpr int PER_LANE = D / 32;
-        float         x[PER_LANE];
-        float         top = 0.0f;
-        if (p.k.rotated) {
-            if constexpr (D % 128 == 0) {
+    // The columns of this warp, c = warp, warp + DECODE_WARPS, ..: rotated as K is, put among the operands. rows[c] is
+    // the query of column c or NULL; units[c] becomes what a product of the operand is worth.
+    static __device__ void load_queries(const decode_params & p, const float * const * rows, float * scratch,
+                                        uint32_t * operands, float * units, int warp, int lane) {
+        constexpr int BLOCK    = D < 128 ? D : 128;
+        constexpr int PER_LANE = BLOCK / 32;
+        float         x[COLUMNS_PER_WARP][D / BLOCK][PER_LANE];
 #pragma unroll
-                for (int block = 0; block < D / 128; ++block) {
-                    float y[4];
+        for (int i = 0; i < COLUMNS_PER_WARP; ++i) {
+            const float * q = rows[warp + i * DECODE_WARPS];
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        y[i] = valid ? q[128 * block + 4 * lane + i] * srht_sign(p.srht_signs, 4 * lane + i) : 0.0f;
-                    }
-                    hadamard_128(y, lane);
+            for (int j = 0; j < D / BLOCK; ++j) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        row[128 * block + 4 * lane + i] = y[i];
-                        top                             = fmaxf(top, fabsf(y[i]));
-                        x[4 * block + i]                = y[i];
-                    }
+                for (int l = 0; l < PER_LANE; ++l) {
+                    x[i][j][l] = q ? q[BLOCK * j + PER_LANE * lane + l] : 0.0f;
                 }
             }
-        } else {
+        }
+        float unit[COLUMNS_PER_WARP];
 #pragma unroll
-            for (int i = 0; i < PER_LANE; ++i) {
-                x[i]               = valid ? q[32 * i + lane] : 0.0f;
-                row[32 * i + lane] = x[i];
-                top                = fmaxf(top, fabsf(x[i]));
+        for (int i = 0; i < COLUMNS_PER_WARP; ++i) {
+            uint32_t top = 0;  // as unsigned numbers, infinity and NaN are above all finite floats
+#pragma unroll
+            for (int j = 0; j < D / BLOCK; ++j) {
+                if constexpr (BLOCK == 128) {
+                    if (p.k.rotated) {
+#pragma unroll
+                        for (int l = 0; l < PER_LANE; ++l) {
+                            x[i][j][l] *= srht_sign(p.srht_signs, PER_LANE * lane + l);
+                        }
+                        hadamard_128(x[i][j], lane);
+                    }
+                }
+#pragma unroll
+                for (int l = 0; l < PER_LANE; ++l) {
+                    scratch[(warp + i * DECODE_WARPS) * D + BLOCK * j + PER_LANE * lane + l] = x[i][j][l];
+                    top = max(top, __float_as_uint(x[i][j][l]) & 0x7fffffff);
+                }
+            }
+#pragma unroll
+            for (int distance = 16; distance > 0; distance /= 2) {
+                top = max(top, __shfl_xor_sync(0xffffffff, top, distance));
+            }
+            // fp16: relative to the greatest, so that no query overflows. Else 127 * 256.
+            constexpr float LIMIT = KF == KV_F16 ? 1.0f : 32512.0f;
+            const float     most  = __uint_as_float(top);
+            unit[i]               = most > 0.0f ? LIMIT / most : 0.0f;
+            if (lane == 0) {
+                units[warp + i * DECODE_WARPS] = most / LIMIT + (most - most);  // NaN if not finite
             }
         }
-        bool finite = true;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) {
-            finite = finite && isfinite(x[i]);
-        }
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 16));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 8));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 4));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
-        finite = __all_sync(0xffffffff, finite);
         __syncwarp();
-
-        const int mt = c / DECODE_COLUMNS, g = c % DECODE_COLUMNS;
-        if constexpr (KF == KV_F16) {
-            // Relative to the greatest, so that no query overflows; the low part is what the high part has lost.
-            const float unit = top > 0.0f ? 1.0f / top : 0.0f;
-            for (int i = lane; i < D / 2; i += 32) {  // pair i: lane 4g + t, step s, half h of the k index
-                const int   s = i / 8, h = i / 4 % 2, t = i % 4;
-                const float a = row[2 * i] * unit, b = row[2 * i + 1] * unit;
-                const half2 high = __floats2half2_rn(a, b);
-                const half2 low  = __floats2half2_rn(a - __low2float(high), b - __high2float(high));
-                uint32_t *  word = operands + ((mt * K_STEPS + s) * 32 + 4 * g + t) * 4 + 2 * h;
-                word[0]          = *(const uint32_t *) &high;
-                word[1]          = *(const uint32_t *) &low;
-            }
-            return finite ? top : NAN;
-        } else {
-            constexpr float LIMIT = 32512.0f;  // 127 * 256
-            const float     unit  = top > 0.0f ? LIMIT / top : 0.0f;
-            for (int i = lane; i < D / 4; i += 32) {
-                const int s = i / 8, h = i / 4 % 2, t = i % 4;
-                uint32_t  number[4];
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    constexpr int STEPS = k_codec::BLOCK / 32;
-                    const int     value = s / STEPS * k_codec::BLOCK +
-                                      k_codec::k_place(s % STEPS, t, h, j, p.k.interleaved);
-                    number[j] = __float_as_int(row[value] * unit + (MAGIC + 128.0f));
+        for (int i = 0; i < COLUMNS_PER_WARP; ++i) {
+            const int     c   = warp + i * DECODE_WARPS;
+            const float * row = scratch + c * D;
+            uint32_t *    out = operands + (c / DECODE_COLUMNS * K_STEPS * 32 + c % DECODE_COLUMNS * 4) * 4;
+#pragma unroll
+            for (int j = 0; j < K_STEPS * 8; j += 32) {
+                const int word = j + lane;  // step, half, lane of four
+                if (K_STEPS * 8 < 32 && word >= K_STEPS * 8) {
+                    break;
                 }
-                uint32_t * word = operands + ((mt * K_STEPS + s) * 32 + 4 * g + t) * 4 + 2 * h;
-                split_bytes(number[0], number[1], number[2], number[3], word[0], word[1]);
+                const int  s = word / 8, h = word / 4 % 2, t = word % 4;
+                uint32_t * to = out + (s * 32 + t) * 4 + 2 * h;
+                if constexpr (KF == KV_F16) {  // the low part is what the high part has lost
+                    const float a = row[16 * s + 8 * h + 2 * t] * unit[i], b = row[16 * s + 8 * h + 2 * t + 1] * unit[i];
+                    const half2 high = __floats2half2_rn(a, b);
+                    const half2 low  = __floats2half2_rn(a - __low2float(high), b - __high2float(high));
+                    to[0]            = *(const uint32_t *) &high;
+                    to[1]            = *(const uint32_t *) &low;
+                } else {
+                    constexpr int STEPS = k_codec::BLOCK / 32;
+                    uint32_t      number[4];
+#pragma unroll
+                    for (int l = 0; l < 4; ++l) {
+                        const int place = k_codec::k_place(s % STEPS, t, h, l, p.k.interleaved);
+                        number[l] =
+                            __float_as_uint(row[s / STEPS * k_codec::BLOCK + place] * unit[i] + (MAGIC + 128.0f));
+                    }
+                    split_bytes(number[0], number[1], number[2], number[3], to[0], to[1]);
+                }
             }
-            return finite ? top / LIMIT : NAN;
         }
     }
 
@@ -486,8 +496,13 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
     }
 };
 
+// As many as registers allow; with them the compiler's limit.
+constexpr __host__ __device__ int decode_blocks_per_sm(int head_size, int column_tiles) {
+    return head_size * column_tiles <= 128 ? 4 : 2;
+}
+
 template <int D, int MT, kv_format KF, kv_format VF>
-__launch_bounds__(32 * DECODE_WARPS, D * MT <= 128 ? 3 : 2)
+__launch_bounds__(32 * DECODE_WARPS, decode_blocks_per_sm(D, MT))
 static __global__ void flash_attn_decode(const __grid_constant__ decode_params p) {
 #if __CUDA_ARCH__ >= 750
     using kernel = decode_kernel<D, MT, KF, VF>;
@@ -504,7 +519,21 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
 
     extern __shared__ __align__(16) uint8_t shared[];
     uint32_t * q_operands = (uint32_t *) shared;
-    __shared__ float q_units[COLUMNS];
+
+    __shared__ float         units[COLUMNS];
+    __shared__ const float * rows[COLUMNS];   // of the query
+    __shared__ int2          places[COLUMNS];  // query token, head; behind the last column, those of the last
+    const int                thread = warp * 32 + lane;
+    if (thread < COLUMNS) {
+        const int column = first_column + min(thread, n_columns - 1);
+        const int token  = column / p.gqa;
+        const int head   = kv_head * p.gqa + column % p.gqa;
+        places[thread]   = make_int2(token, head);
+        rows[thread]     = thread < n_columns ?
+                               (const float *) (p.q + token * p.q_nb1 + head * p.q_nb2 + stream * p.q_nb3) :
+                               nullptr;
+    }
+    ggml_cuda_pdl_sync();  // what is read from here on may be another kernel's output
 
     // 1. The first tiles of this warp are on their way: every n_split * DECODE_WARPS-th is its own.
     const int    kv_stream   = stream / p.n_stream_q_per_kv;
@@ -533,19 +562,10 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         stage_k(first_tile + i * step, stages + i * stage_bytes);
         stage_v(first_tile + i * step, stages + i * stage_bytes);
     }
+    __syncthreads();
 
     // 2. The query: permuted and split as K needs it.
-    float * scratch = (float *) (shared + kernel::Q_BYTES) + warp * D;
-    for (int c = warp; c < COLUMNS; c += DECODE_WARPS) {
-        const int     column = first_column + min(c, n_columns - 1);
-        const int     head   = kv_head * p.gqa + column % p.gqa;
-        const float * q      = (const float *) (p.q + column / p.gqa * p.q_nb1 + head * p.q_nb2 + stream * p.q_nb3);
-        const float   unit   = kernel::load_query(p, q, c < n_columns, c, lane, scratch, q_operands);
-        if (lane == 0) {
-            q_units[c] = unit * p.scale * p.k.step * (p.softcap == 0.0f ? LOG2E : 1.0f);
-        }
-        __syncwarp();
-    }
+    kernel::load_queries(p, rows, (float *) (shared + kernel::Q_BYTES), q_operands, units, warp, lane);
     __syncthreads();
 
     const uint4 * q_shared = (const uint4 *) q_operands;
@@ -561,16 +581,15 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     const half * mask[MT];
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
-        const int c      = DECODE_COLUMNS * mt + g;
-        const int column = first_column + min(c, n_columns - 1);
-        const int head   = kv_head * p.gqa + column % p.gqa;
-        q_unit[mt]       = q_units[c];
+        const int  c     = DECODE_COLUMNS * mt + g;
+        const int2 place = places[c];
+        q_unit[mt]       = units[c] * p.scale * p.k.step * (p.softcap == 0.0f ? LOG2E : 1.0f);
         slope[mt]        = LOG2E;
         if (p.max_bias > 0.0f) {
-            const bool low = head < (int) p.n_head_log2;
-            slope[mt] *= powf(low ? p.m0 : p.m1, low ? head + 1 : 2 * (head - p.n_head_log2) + 1);
+            const bool low = place.y < (int) p.n_head_log2;
+            slope[mt] *= powf(low ? p.m0 : p.m1, low ? place.y + 1 : 2 * (place.y - (int) p.n_head_log2) + 1);
         }
-        mask[mt] = (const half *) (p.mask + column / p.gqa * p.mask_nb1 + head % p.mask_ne2 * p.mask_nb2 +
+        mask[mt] = (const half *) (p.mask + place.x * p.mask_nb1 + place.y % p.mask_ne2 * p.mask_nb2 +
                                    stream % p.mask_ne3 * p.mask_nb3);
     }
 
@@ -669,6 +688,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         slot = slot + 1 == DECODE_STAGES ? 0 : slot + 1;
     }
     copy_async_wait<0>();
+    ggml_cuda_pdl_lc();  // flash_attn_combine may be set up
 
     // 4. The warps of the block are merged.
     __syncthreads();
@@ -693,12 +713,9 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         }
     }
     __syncthreads();
-    const int thread = warp * 32 + lane;
     for (int i = thread; i < n_columns * D; i += 32 * DECODE_WARPS) {
-        const int c      = i / D;
-        const int column = first_column + c;
-        const int head   = kv_head * p.gqa + column % p.gqa;
-        const int64_t at = (((int64_t) stream * p.n_head + head) * p.n_q + column / p.gqa) * p.n_split + split;
+        const int     c  = i / D;
+        const int64_t at = (((int64_t) stream * p.n_head + places[c].y) * p.n_q + places[c].x) * p.n_split + split;
 
         float most = -INFINITY;
 #pragma unroll
