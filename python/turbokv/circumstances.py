@@ -74,6 +74,7 @@ def build() -> Build:
         dirty=dirty,
         upstream_commit=native.build_info()["upstream_commit"],
         build=native.build_id(),
+        cuda=native.build_info().get("cuda"),
     )
 
 

@@ -42,7 +42,8 @@ def native_dir() -> Path:
 
 @cache
 def build_info() -> dict[str, Any]:
-    """What was built: `upstream_commit`, `bindings` (bool), `hooks` (list), `compiler`, `build_type`, `version`."""
+    """What was built: `upstream_commit`, `bindings` (bool), `hooks` (list), `compiler`, `build_type`, `version`,
+    `cuda` (version of the toolkit, None without CUDA; not there in older builds)."""
     path = native_dir() / "turbokv-build.json"
     try:
         info: dict[str, Any] = json.loads(path.read_text())

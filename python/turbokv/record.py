@@ -305,6 +305,7 @@ class Build(Base):
     dirty: bool | None = Field(description="whether that checkout had changes that are not committed")
     upstream_commit: str
     build: str = Field(description="12 hex digits over the libraries: the overlay may change while commits stay")
+    cuda: str | None = Field(default=None, description="version of the CUDA toolkit, null for a build without CUDA")
 
 
 class Record(Base):
