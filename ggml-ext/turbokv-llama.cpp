@@ -84,6 +84,76 @@ void require_rotation(const char * side, ggml_type type, bool rotated, size_t by
     }
 }
 
+// The operation that reads the keys of a layer, laid out as llama.cpp's graph does it, for n_tokens queries; without
+// flash attention the product of keys and queries alone. Tensors have no memory.
+ggml_tensor * attention(ggml_context * ctx, const llama_hparams & hparams, uint32_t il, ggml_type type_k,
+                        ggml_type type_v, bool flash, int64_t n_tokens) {
+    const int64_t n_kv    = 256;
+    const int64_t dim_k   = hparams.n_embd_head_k(il);
+    const int64_t dim_v   = hparams.n_embd_head_v(il);
+    const int64_t heads   = hparams.n_head(il);
+    const int64_t kv_head = hparams.n_head_kv(il);
+    auto          rows    = [&](ggml_type type, int64_t dim, int64_t n_head, int64_t n) {
+        return ggml_permute(ctx, ggml_new_tensor_4d(ctx, type, dim, n_head, n, 1), 0, 2, 1, 3);
+    };
+    ggml_tensor * q = rows(GGML_TYPE_F32, dim_k, heads, n_tokens);
+    ggml_tensor * k = rows(type_k, dim_k, kv_head, n_kv);
+    if (!flash) {
+        return ggml_mul_mat(ctx, k, q);
+    }
+    ggml_tensor * v    = rows(type_v, dim_v, kv_head, n_kv);
+    ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n_kv, n_tokens, 1, 1);
+    return ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, hparams.f_max_alibi_bias,
+                               hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
+}
+
+// The first layer whose attention `device` does not compute, -1 if there is none.
+int first_without_attention(ggml_backend_dev_t device, const llama_hparams & hparams, ggml_type type_k,
+                            ggml_type type_v, bool flash) {
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0 ||
+            hparams.n_embd_head_k(il) % ggml_blck_size(type_k) != 0 ||
+            hparams.n_embd_head_v(il) % ggml_blck_size(type_v) != 0) {
+            continue;  // no attention there, or none that a tensor of its own can stand for
+        }
+        for (const int64_t n_tokens : { 1, 512 }) {
+            ggml_context * ctx = ggml_init({ 16 * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true });
+            const bool     computes =
+                ggml_backend_dev_supports_op(device, attention(ctx, hparams, il, type_k, type_v, flash, n_tokens));
+            ggml_free(ctx);
+            if (!computes) {
+                return int(il);
+            }
+        }
+    }
+    return -1;
+}
+
+void require_attention(const llama_kv_cache & cache, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v,
+                       bool flash) {
+    for (const auto & [buft, bytes] : cache.memory_breakdown()) {
+        ggml_backend_dev_t device = ggml_backend_buft_get_device(buft);
+        if (bytes == 0 || device == nullptr || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+            continue;
+        }
+        const int il = first_without_attention(device, hparams, type_k, type_v, flash);
+        if (il < 0) {
+            continue;
+        }
+        const std::string what = std::string(ggml_backend_dev_name(device)) + " has no " + (flash ? "" : "plain ") +
+                                 "attention for K " + ggml_type_name(type_k) + " with V " + ggml_type_name(type_v) +
+                                 " and heads of " + std::to_string(hparams.n_embd_head_k(il)) + " values";
+        if (family_of(type_k) != nullptr || family_of(type_v) != nullptr) {
+            throw std::runtime_error("turbokv: " + what + ". Use " +
+                                     (flash ? "another type for K or V" : "flash attention (--flash-attn on)") +
+                                     ", or the CPU (--gpu-layers 0)");
+        }
+        if (flash) {
+            LLAMA_LOG_WARN("turbokv: %s: llama.cpp falls back to something slower\n", what.c_str());
+        }
+    }
+}
+
 }  // namespace
 
 bool turbokv_resolve_cache_types(const llama_model * model, ggml_type * type_k, ggml_type * type_v) {
@@ -125,10 +195,13 @@ bool turbokv_graph_rotates(ggml_type type) {
     return family == nullptr || family->graph_rotates;
 }
 
-void turbokv_check_cache(const llama_kv_cache & cache, ggml_type type_k, ggml_type type_v, size_t bytes_k,
-                         size_t bytes_v) {
+void turbokv_check_cache(const llama_kv_cache & cache, const llama_hparams & hparams, ggml_type type_k,
+                         ggml_type type_v, bool v_trans, size_t bytes_k, size_t bytes_v) {
     require_rotation("K", type_k, rotates(cache, &llama_kv_cache::build_input_k_rot), bytes_k);
     require_rotation("V", type_v, rotates(cache, &llama_kv_cache::build_input_v_rot), bytes_v);
+    if (bytes_v > 0 && (ggml_is_quantized(type_k) || ggml_is_quantized(type_v))) {  // the keys of an indexer have no V
+        require_attention(cache, hparams, type_k, type_v, !v_trans);
+    }
     if (bytes_k + bytes_v > 0 && (family_of(type_k) != nullptr || family_of(type_v) != nullptr)) {
         // a warning only in level: the tools hide libllama's info lines
         LLAMA_LOG_WARN("turbokv: cache K %s %zu bytes, V %s %zu bytes\n", ggml_type_name(type_k), bytes_k,

@@ -24,14 +24,17 @@ LLAMA_API size_t turbokv_cache_bytes(const struct llama_context * ctx);
 }
 
 class llama_kv_cache;
+struct llama_hparams;
 
 // Whether the graph may rotate the values of a cache type: false for our types that rotate by themselves.
 bool turbokv_graph_rotates(ggml_type type);
 
 // For caches with a type of ours: logs effective types and bytes, where the tools show it by default. Throws
-// std::runtime_error, which refuses the context, when values would be stored unrotated.
-void turbokv_check_cache(const llama_kv_cache & cache, ggml_type type_k, ggml_type type_v, size_t bytes_k,
-                         size_t bytes_v);
+// std::runtime_error, which refuses the context, when values would be stored unrotated, or when the device that holds
+// the cache cannot compute the attention: llama.cpp would copy the cache to the CPU at every step and say nothing.
+// For upstream's types that happens with a warning. v_trans: whether V is transposed, that is, without flash attention.
+void turbokv_check_cache(const llama_kv_cache & cache, const llama_hparams & hparams, ggml_type type_k,
+                         ggml_type type_v, bool v_trans, size_t bytes_k, size_t bytes_v);
 
 // K-shift: k is a view of the first n_rot values of every cached head, [n_rot, n_head_kv, n_cells]. Quantized blocks
 // can only be rewritten whole, and the Hadamard transform runs over whole heads: returns the view with head_dim

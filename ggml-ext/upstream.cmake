@@ -217,6 +217,10 @@ if (TURBOKV_BINDINGS)
     file(GLOB bindings "${TURBOKV_BINDINGS}/*.py")
     file(COPY ${bindings} DESTINATION "${CMAKE_BINARY_DIR}/bin/bindings/llama_cpp")
 endif()
+set(TURBOKV_CUDA_JSON null)
+if (TURBOKV_CUDA)
+    set(TURBOKV_CUDA_JSON "\"${CUDAToolkit_VERSION}\"")   # of the toolkit
+endif()
 list(JOIN TURBOKV_TOOLS "\", \"" TURBOKV_TOOLS_JSON)
 configure_file(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-build.json.in ${CMAKE_BINARY_DIR}/bin/turbokv-build.json @ONLY)
 

@@ -45,6 +45,7 @@ def bench(plan: Plan, cell: Cell, meter: Meter | None = None) -> Measured:
     k, v = cell.cache.split("/")
     command = [
         *(native.tool("llama-bench"), "-m", plan.model, "-ctk", k, "-ctv", v, "-fa", "on"),
+        *plan.placement.bench_arguments(),
         *("-p", plan.n_prompt, "-n", plan.n_gen, "-d", cell.depth, "-r", 1, "-t", plan.threads, "-o", "jsonl"),
     ]
     joules_before = meter.joules() if meter else None

@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from turbokv.device import ON_CPU, Placement
+
 REQUESTS_PER_SLOT = 3  # of a server in one round: enough that the first prompts do not weigh too much
 
 
@@ -48,6 +50,7 @@ class Plan:
     seed: int
     timeout: float | None = None
     parallel: tuple[int, ...] = ()
+    placement: Placement = ON_CPU
 
     @property
     def groups(self) -> list[tuple[int, int | None]]:

@@ -39,27 +39,30 @@ def model(path: Path) -> Model:
 
 @cache
 def environment() -> Environment:
+    gpu, driver = _gpu()
     return Environment(
         cpu=cpu_name(),
         cores=engine.default_threads(),
-        gpu=_gpu(),
+        gpu=gpu,
+        gpu_driver=driver,
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         OMP_WAIT_POLICY=os.environ.get("OMP_WAIT_POLICY", ""),
     )
 
 
-def _gpu() -> str | None:
-    """Number and name of the NVIDIA GPUs; None where the driver tells of none."""
+def _gpu() -> tuple[str | None, str | None]:
+    """Number and name of the NVIDIA GPUs, and the version of their driver; None where the driver tells of none."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
-        return None
-    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or None
+        return None, None
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or None, driver
 
 
 @cache
@@ -71,6 +74,7 @@ def build() -> Build:
         dirty=dirty,
         upstream_commit=native.build_info()["upstream_commit"],
         build=native.build_id(),
+        cuda=native.build_info().get("cuda"),
     )
 
 

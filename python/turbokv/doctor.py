@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
-from turbokv import __version__, cache_type, data, decode_path, engine, native
+from turbokv import __version__, cache_type, data, decode_path, device, engine, native
 from turbokv.cache_type import CachePair
 from turbokv.errors import TurbokvError
 from turbokv.spec import FAMILIES, TYPES
@@ -49,8 +49,10 @@ def _tool_works(name: str) -> Finding:
         run = subprocess.run([path, "--help"], capture_output=True, timeout=60, check=False)
     except (TurbokvError, OSError, subprocess.TimeoutExpired) as error:
         return Finding(name, str(error), False)
-    started = run.returncode in (0, 1) and bool(run.stdout + run.stderr)
-    return Finding(name, str(path) if started else f"{path} does not start (status {run.returncode})", started)
+    if run.returncode in (0, 1) and run.stdout + run.stderr:
+        return Finding(name, str(path), True)
+    hint = native.driver_hint(run.stderr.decode(errors="replace"))
+    return Finding(name, f"{path} does not start (status {run.returncode}){hint}", False)
 
 
 def _types_registered() -> Finding:
@@ -85,6 +87,7 @@ def findings() -> Iterator[Finding]:
     for hook in hooks:
         yield Finding(f"  {hook['name']}", f"{hook['file']}: {hook['why']}")
     yield Finding("CPU", f"{cpu_name()}, {platform.machine()}")
+    yield from _gpus(info)
     if info["bindings"]:
         yield from _library()
     else:
@@ -96,6 +99,24 @@ def findings() -> Iterator[Finding]:
         yield _tool_works(name)
     for path in (data.MINI, data.BIAS, data.SAMPLE):
         yield Finding(path.name, str(path), path.is_file())
+
+
+def _gpus(info: dict[str, object]) -> Iterator[Finding]:
+    """What the build can do with a GPU, and the GPUs that it sees."""
+    if not native.has_gpu():
+        yield Finding("GPU", "not used: this build is for the CPU alone; -DTURBOKV_CUDA=ON builds for NVIDIA GPUs")
+        return
+    version = f"CUDA {info['cuda']}, " if info.get("cuda") else ""
+    yield Finding("GPU kernels", f"{version}llama.cpp's CUDA backend with our kernels")
+    try:
+        found = device.gpus()
+    except TurbokvError as error:
+        yield Finding("GPU", str(error), False)
+        return
+    for gpu in found:
+        yield Finding(f"GPU {gpu.name}", f"{gpu.description}, {gpu.total} MiB, {gpu.free} MiB free", True)
+    if not found:
+        yield Finding("GPU", "none is visible (nvidia-smi, CUDA_VISIBLE_DEVICES): the CPU computes")
 
 
 def _library() -> Iterator[Finding]:

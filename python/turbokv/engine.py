@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turbokv import native
+from turbokv import device, native
 from turbokv.cache_type import F16, CachePair, type_ids
 from turbokv.closing import Closing
 from turbokv.errors import CacheRefused, TurbokvError
@@ -100,18 +100,24 @@ class Model(Closing):
 
     Weights that hold NaN or infinity are refused: llama.cpp's CPU kernels quantize activations to q8_0, which makes
     finite numbers of NaN, so that the logits need not show it. Raises TurbokvError.
-    With no_alloc only the header is read and nothing can be computed: for sizes, see memory.py.
+    With no_alloc only the header is read and nothing can be computed: for sizes, see memory.py. placement: which
+    layers are on a GPU; left out, all where there is one. The cache of a layer lies where the layer does.
     """
 
-    def __init__(self, path: Path, *, no_alloc: bool = False) -> None:
+    def __init__(self, path: Path, *, no_alloc: bool = False, placement: device.Placement | None = None) -> None:
         if not path.is_file():
             raise TurbokvError(f"there is no model at {path}")
         self.path = path
+        self.placement = device.placement() if placement is None else placement
         self._lib = native.llama()
         log.install()
         log.clear()
         params = self._lib.llama_model_default_params()
         params.check_tensors = not no_alloc
+        params.n_gpu_layers = self.placement.gpu_layers
+        self._no_devices = (ctypes.c_void_p * 1)()
+        if not self.placement.on_gpu:  # else a GPU would multiply the large batches
+            params.devices = ctypes.addressof(self._no_devices)
         if no_alloc:
             params.no_alloc, params.load_mode = True, 0  # LLAMA_LOAD_MODE_NONE: nothing to map
         self.handle = self._lib.llama_model_load_from_file(str(path).encode(), params)

@@ -222,17 +222,21 @@ def find(records: list[record.Record]) -> Findings:
         Divergences(model, *_kld_titles(results[0]), results[0].ctx, results[0].kind == "kld", tuple(results))
         for (model, _), results in grouped(
             record.KldResult,
-            lambda _, r: (r.kind != "kld", r.path != "prefill", r.text.name, r.text.sha256, r.ctx, r.chunks),
+            lambda _, r: (
+                (r.kind != "kld", r.path != "prefill", r.text.name, r.text.sha256, r.ctx, r.chunks),
+                _place(r),
+            ),
             requested,
         )
     ]
     needles = [
-        Needles(model, _needle_title(results[0]), results[0].task, tuple(results))
+        Needles(model, *_needle_titles(results[0]), tuple(results))
         for (model, _), results in grouped(
             record.NeedleResult,
             lambda _, r: (
                 (r.task, r.template, r.distractors, r.text.sha256),
                 tuple(sorted((c.length, c.depth, c.trials) for c in r.cells)),
+                _place(r),
             ),
             requested,
         )
@@ -240,7 +244,10 @@ def find(records: list[record.Record]) -> Findings:
     speeds = []
     for (model, _), results in grouped(
         record.SpeedResult,
-        lambda item, r: (r.cpu, item.environment.gpu or "", r.threads, r.OMP_WAIT_POLICY, r.n_prompt, r.n_gen),
+        lambda item, r: (
+            (r.cpu, item.environment.gpu or "", r.threads, r.OMP_WAIT_POLICY, r.n_prompt, r.n_gen),
+            _place(r),
+        ),
         lambda r: (r.cache, r.depth),
     ):
         by_cache: dict[str, dict[int, record.SpeedResult]] = {}
@@ -251,7 +258,10 @@ def find(records: list[record.Record]) -> Findings:
         Servers(model, *_server_titles(results[0]), tuple(sorted(results, key=lambda r: r.parallel)))
         for (model, _), results in grouped(
             record.ServerResult,
-            lambda item, r: (item.environment.cpu, item.environment.gpu or "", r.threads, r.n_prompt, r.n_gen),
+            lambda item, r: (
+                (item.environment.cpu, item.environment.gpu or "", r.threads, r.n_prompt, r.n_gen),
+                _place(r),
+            ),
             lambda r: (requested(r), r.parallel),
         )
     ]
@@ -302,25 +312,32 @@ def plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
+def _place(result: record.Placed) -> tuple[bool, str]:
+    """What results of one group share: the CPU first, then GPUs by name."""
+    return result.placement.on_gpu, result.placement.label
+
+
 def _kld_titles(result: record.KldResult) -> tuple[str, str]:
-    text = f"of {result.text.name}" + ", token by token" * (result.path == "decode")
+    text = f"of {result.text.name}" + ", token by token" * (result.path == "decode") + result.placement.title
     return f"ctx {result.ctx}, {plural(result.chunks, 'window')} {text}", f"ctx {result.ctx} {text}"
 
 
-def _needle_title(result: record.NeedleResult) -> str:
+def _needle_titles(result: record.NeedleResult) -> tuple[str, str]:
     trials = sum(cell.trials for cell in result.cells)
-    return f"{result.task}, {plural(trials, 'trial')}, {plural(result.distractors, 'distractor')}"
+    title = f"{result.task}, {plural(trials, 'trial')}, {plural(result.distractors, 'distractor')}"
+    return title + result.placement.title, result.task + result.placement.title
 
 
 def _speed_titles(result: record.SpeedResult) -> tuple[str, str]:
     tokens = f"{result.n_prompt:,} prompt and {result.n_gen:,} generated tokens"
     threads = f"{plural(result.threads, 'thread')}, OMP_WAIT_POLICY={result.OMP_WAIT_POLICY}"
-    return f"{tokens}, {result.cpu}, {threads}", tokens
+    return f"{tokens}, {result.cpu}, {threads}{result.placement.title}", f"{tokens}{result.placement.title}"
 
 
 def _server_titles(result: record.ServerResult) -> tuple[str, str]:
     tokens = f"{result.n_prompt:,} prompt and {result.n_gen:,} generated tokens"
-    return f"{tokens}, {plural(result.threads, 'thread')}", tokens
+    title = result.placement.title
+    return f"{tokens}, {plural(result.threads, 'thread')}{title}", f"{tokens}{title}"
 
 
 def _failures(records: list[record.Record], labels: dict[record.Model, str]) -> list[Failure]:

@@ -5,6 +5,8 @@ header alone, with tensors that have a size and no memory. Contexts on it are bu
 padding of the context, heads per layer, sliding windows, layers without attention, recurrent states and the types
 of our heads' sizes are llama.cpp's own answers for every architecture, and no formula is repeated here.
 
+The numbers are sums over the machine: what lies on GPUs and what in main memory.
+
 What comes on top and is in no number: the program and its vocabulary, the work memory of the threads and, per slot of
 a server, its sampler.
 """
@@ -16,11 +18,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbokv import native
+from turbokv import device, native
 from turbokv.cache_type import CachePair, type_ids
 from turbokv.closing import Closing
 from turbokv.engine import MAX_BATCH, MAX_UBATCH, Model, log
-from turbokv.errors import TurbokvError
+from turbokv.errors import CacheRefused, TurbokvError
 
 COMPUTE_BUFFER = re.compile(r"compute buffer size = +([\d.]+) MiB")
 STEP = 256  # llama.cpp pads the context to this many tokens
@@ -44,11 +46,12 @@ class Sizes(Closing):
 
     Sizes are those of llama-server with the same context and number of slots: batches of 2048 tokens in parts of 512,
     logits of one token per slot, Flash Attention where the backend has it, and a window's worth of cache in layers
-    with a sliding window. Raises TurbokvError if the model cannot be loaded.
+    with a sliding window. The layers are where `placement` says, left out on a GPU if there is one. Raises TurbokvError
+    if the model cannot be loaded.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.model = Model(path, no_alloc=True)
+    def __init__(self, path: Path, placement: device.Placement | None = None) -> None:
+        self.model = Model(path, no_alloc=True, placement=placement)
         self._lib = native.llama()
         handle = self.model.handle
         self.weights: int = self._lib.llama_model_size(handle)  # bytes of all tensors, over all parts of a split file
@@ -72,7 +75,9 @@ class Sizes(Closing):
         log.clear()
         handle = self._lib.llama_init_from_model(self.model.handle, params)
         if not handle:
-            raise TurbokvError(f"no context with cache {pair} for {self.model.path.name}: {log.errors()}")
+            reason = log.errors()
+            error = CacheRefused if "turbokv: " in reason else TurbokvError
+            raise error(f"no context with cache {pair} for {self.model.path.name}: {reason}")
         try:
             mib = [float(found[1]) for _, line in log.lines if (found := COMPUTE_BUFFER.search(line))]
             return Usage(self._lib._lib.turbokv_cache_bytes(handle), round(sum(mib) * 2**20))

@@ -42,7 +42,8 @@ def native_dir() -> Path:
 
 @cache
 def build_info() -> dict[str, Any]:
-    """What was built: `upstream_commit`, `bindings` (bool), `hooks` (list), `compiler`, `build_type`, `version`."""
+    """What was built: `upstream_commit`, `bindings` (bool), `hooks` (list), `compiler`, `build_type`, `version`,
+    `cuda` (version of the toolkit, None without CUDA; not there in older builds)."""
     path = native_dir() / "turbokv-build.json"
     try:
         info: dict[str, Any] = json.loads(path.read_text())
@@ -60,16 +61,30 @@ def tool(name: str) -> Path:
 
 
 def has_gpu() -> bool:
-    """Whether this build computes on NVIDIA GPUs."""
+    """Whether this build has llama.cpp's CUDA backend, which is never built without our kernels in it."""
     return any(native_dir().glob("*ggml-cuda*"))
+
+
+def driver_hint(reason: str) -> str:
+    """What to do, as the end of a message, if `reason` says that NVIDIA's driver is missing; else nothing."""
+    if "libcuda.so" not in reason:
+        return ""
+    return ". This build is for GPUs, and libcuda comes with NVIDIA's driver: install it, or build without TURBOKV_CUDA"
 
 
 def build_id() -> str:
     """12 hex digits of the SHA-256 of llama-bench and the libraries that it loads: the overlay may change while the
     commit of llama.cpp stays."""
     bench = tool("llama-bench")
+    paths = sorted(file for file in bench.parent.iterdir() if LLAMA_BENCH_LOADS.fullmatch(file.name))
+    return _digest(tuple((path, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths))
+
+
+@cache  # a CUDA backend has hundreds of MB, and this is asked after every measurement
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of the content of files, given with their sizes and times."""
     digest = hashlib.sha256()
-    for path in sorted(file for file in bench.parent.iterdir() if LLAMA_BENCH_LOADS.fullmatch(file.name)):
+    for path, _, _ in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -93,9 +108,8 @@ def llama() -> ModuleType:
 
         _declare(lib._lib)
     except (OSError, RuntimeError, ImportError, AttributeError) as error:
-        raise TurbokvError(
-            f"libllama in {folder} does not load: {error}. Build again with `cmake --build build`"
-        ) from error
+        fix = driver_hint(str(error)) or ". Build again with `cmake --build build`"
+        raise TurbokvError(f"libllama in {folder} does not load: {error}{fix}") from error
     finally:
         sys.path.remove(str(folder / "bindings"))
     loaded: ModuleType = lib

@@ -193,6 +193,8 @@ def _result(
         bits_k=bits_per_value(run.effective.k),
         bits_v=bits_per_value(run.effective.v),
         kv_bytes=run.cache_bytes,
+        device=model.placement.device,
+        gpu_layers=model.placement.gpu_layers,
         task=plan.task,
         accuracy=accuracy,
         accuracy_f16=_share(trial.right_f16 for trial in flat),

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from turbokv import diagnosis, native
 from turbokv.cache_type import F16, CachePair, bits_per_value
+from turbokv.device import ON_CPU, Placement
 from turbokv.engine import MAX_UBATCH, Context, Model
 from turbokv.errors import TurbokvError
 from turbokv.fingerprint import text_fingerprint
@@ -91,6 +92,7 @@ class Measurement:
     noise: list[Scores] = field(default_factory=list)  # of f16 in other batches; empty if it was not asked for
     path: PathName = "prefill"
     text: Passage = Passage("", "")
+    placement: Placement = ON_CPU
 
     @property
     def n_windows(self) -> int:
@@ -252,7 +254,9 @@ def measure(
     CacheRefused for a cache that the model does not take, TurbokvError if f16 gives no finite logits.
     """
     runs = [CacheRun(pair, model.effective(pair)) for pair in pairs]
-    result = Measurement(model.path.name, n_ctx, with_kld, runs, path=path, text=text or Passage("", ""))
+    result = Measurement(
+        model.path.name, n_ctx, with_kld, runs, path=path, text=text or Passage("", ""), placement=model.placement
+    )
     n_batch = _n_batch(path)
     f16 = _F16(model, n_ctx, n_threads, path, text, store)
     for pair in pairs:  # what cannot work is refused now, not after the windows before it
@@ -318,6 +322,8 @@ def records(measurement: Measurement) -> list[record.KldResult]:
                 bits_k=bits_per_value(run.effective.k),
                 bits_v=bits_per_value(run.effective.v),
                 kv_bytes=run.cache_bytes,
+                device=measurement.placement.device,
+                gpu_layers=measurement.placement.gpu_layers,
                 ppl=_ppl(np.concatenate(nll)),
                 ppl_f16=_ppl(np.concatenate(nll_f16)),
                 delta_nll=record.Estimate(mean=_mean(np.concatenate(delta)), ci95=_interval(delta)),

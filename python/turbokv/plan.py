@@ -3,6 +3,7 @@
     models = ["mini", "model.gguf"]        # built-in names, or files as seen from where the command runs
     caches = "f16,q8_0,turbo4,q8_0/turbo3" # or a list
     threads = 0                            # 0: all cores of the process
+    gpu_layers = "all"                     # or a number; left out: all where there is a GPU, else 0
 
     [kld]                                  # a task that is not there is not measured
     ctx = [512, 2048, 8192]
@@ -174,6 +175,7 @@ class Plan(Part):
     models: Models
     caches: Caches = DEFAULT_CACHES.split(",")
     threads: Whole = 0
+    gpu_layers: Literal["all"] | Whole | None = None
     kld: Kld | None = None
     needle: Needle | None = None
     speed: Speed | None = None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from turbokv import data, native
+from turbokv import data, device, native
 from turbokv.cache_type import F16, CachePair, parse_pairs
 from turbokv.doctor import cpu_name
 from turbokv.engine import interrupts
@@ -84,12 +84,18 @@ def measured(
     for r in own:
         result = r.result
         if isinstance(result, KldResult) and result.kld and result.kld.mean is not None:
-            kld_source = KldSource(ctx=result.ctx, chunks=result.chunks, path=result.path, text=result.text)
+            place = result.placement.label
+            kld_source = KldSource(
+                ctx=result.ctx, chunks=result.chunks, path=result.path, text=result.text, placement=place
+            )
             estimate = Estimate(mean=result.kld.mean, ci95=result.kld.ci95)
             klds.setdefault(kld_source, {})[result.cache] = estimate
         elif isinstance(result, SpeedResult) and result.tg and result.tg.ratio_f16 is not None:
-            here = result.cpu == cpu_name()
-            speed_source = SpeedSource(depth=result.depth, threads=result.threads, cpu=result.cpu, here=here)
+            place = result.placement.label
+            here = result.cpu == cpu_name() and place == device.placement().label
+            speed_source = SpeedSource(
+                depth=result.depth, threads=result.threads, cpu=result.cpu, here=here, placement=place
+            )
             speeds.setdefault(speed_source, {})[effective(result.cache)] = result.tg
 
     def by_kld(source: KldSource) -> tuple[float, ...]:

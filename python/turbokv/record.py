@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from turbokv.device import ON_CPU, Placement
+
 SCHEMA_VERSION = 1  # of Record: raised when a field changes its meaning or goes; new optional fields do not raise it
 
 Interval = tuple[float, float]  # low, high
@@ -33,7 +35,24 @@ class Estimate(Base):
 # --- results, one per command
 
 
-class Cache(Base):
+class Placed(Base):
+    """What computed a result. Results of other devices, or with another number of layers there, are not comparable."""
+
+    device: str | None = Field(
+        default=None,
+        description="CPU, or the GPUs with layers of the model, e.g. NVIDIA H200 or 2 x NVIDIA H200; null in results "
+        "from before turbokv used GPUs: CPU",
+    )
+    gpu_layers: int | None = Field(
+        default=None, description="layers on the GPUs, counted from the output: -1 all, 0 none; the others on the CPU"
+    )
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.gpu_layers or 0, self.device or ON_CPU.device)
+
+
+class Cache(Placed):
     """The cache that was measured."""
 
     cache: str = Field(description="effective types, K/V, e.g. turbo3_64/turbo3_64")
@@ -159,7 +178,7 @@ class SpeedSample(Base):
     joules: float | None = Field(default=None, description="of the whole machine while the process ran")
 
 
-class SpeedResult(Base):
+class SpeedResult(Placed):
     """`turbokv speed`, one cache at one depth."""
 
     kind: Literal["speed"] = "speed"
@@ -199,7 +218,7 @@ class ServerSample(Base):
     joules: float | None
 
 
-class ServerResult(Base):
+class ServerResult(Placed):
     """`turbokv speed --parallel`: llama-server over HTTP, `parallel` requests at a time."""
 
     kind: Literal["server"] = "server"
@@ -239,7 +258,7 @@ class ServerResult(Base):
     seed: int | None = None
 
 
-class Refusal(Base):
+class Refusal(Placed):
     """The model does not take this cache; that is a result too."""
 
     kind: Literal["refusal"] = "refusal"
@@ -273,7 +292,8 @@ class Environment(Base):
 
     cpu: str
     cores: int = Field(description="cores that the process might use")
-    gpu: str | None
+    gpu: str | None = Field(description="NVIDIA GPUs of the machine, used or not")
+    gpu_driver: str | None = Field(default=None, description="version of NVIDIA's driver")
     os: str
     python: str
     OMP_WAIT_POLICY: str
@@ -285,6 +305,7 @@ class Build(Base):
     dirty: bool | None = Field(description="whether that checkout had changes that are not committed")
     upstream_commit: str
     build: str = Field(description="12 hex digits over the libraries: the overlay may change while commits stay")
+    cuda: str | None = Field(default=None, description="version of the CUDA toolkit, null for a build without CUDA")
 
 
 class Record(Base):
@@ -331,6 +352,7 @@ class KldSource(Base):
     chunks: int
     path: str
     text: Text
+    placement: str = Field(default=ON_CPU.label, description="what computed them")
 
 
 class SpeedSource(Base):
@@ -339,7 +361,8 @@ class SpeedSource(Base):
     depth: int
     threads: int
     cpu: str
-    here: bool = Field(description="whether that CPU is this machine's")
+    here: bool = Field(description="whether that CPU and GPU are this machine's")
+    placement: str = Field(default=ON_CPU.label, description="what computed them")
 
 
 class Recommendation(Base):

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbokv import data, engine, native
+from turbokv.device import ON_CPU, Placement
 from turbokv.fingerprint import model_fingerprint, text_fingerprint
 
 SCHEME = 1  # of the files: raised when what stands in them, or how it is computed, changes
@@ -138,14 +139,15 @@ def default_directory() -> Path:
     return data.cache_dir() / "reference"
 
 
-def key(model: Path, text: str, *, n_ctx: int, path: str, n_threads: int) -> str:
+def key(model: Path, text: str, *, n_ctx: int, path: str, n_threads: int, placement: Placement = ON_CPU) -> str:
     """16 hex digits of what the reference depends on. The number of threads does not change what a batch gives, but
-    what decoding gives: llama.cpp splits the f16 attention of a single token among them."""
+    what decoding gives: llama.cpp splits the f16 attention of a single token among them. A GPU gives other bits than a
+    CPU, and each number of layers on it others again."""
     from turbokv.doctor import cpu_name  # which measures, too, and so imports this module
 
     parts = [
         SCHEME, model_fingerprint(model), text_fingerprint(text), n_ctx, path, engine.MAX_BATCH, engine.MAX_UBATCH,
-        n_threads, native.build_id(), cpu_name(), np.__version__,
+        n_threads, native.build_id(), cpu_name(), np.__version__, *placement.identity().values(),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

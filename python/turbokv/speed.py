@@ -121,6 +121,7 @@ def settings(plan: Plan) -> dict[str, Any]:
         "depths": list(plan.depths),
         "seed": plan.seed,
         **({"parallel": list(plan.parallel)} if plan.parallel else {}),
+        **plan.placement.identity(),
     }
 
 
@@ -143,7 +144,7 @@ class Measurement:
     file: SamplesFile
     settings: dict[str, Any]
     contexts: dict[Cell, Context] = field(default_factory=dict)  # without those that the model refuses
-    meter: Meter = field(default_factory=lambda: Meter(with_gpus=native.has_gpu()))
+    meter: Meter = field(default_factory=lambda: Meter(with_gpus=False))
     failed: dict[Cell, str] = field(default_factory=dict)
 
     def todo(self) -> list[tuple[int, Cell]]:
@@ -171,8 +172,8 @@ def start(plan: Plan, json_file: Path | None) -> Measurement:
     path = samples_path(json_file) if json_file else None
     for file in filter(None, (json_file, path)):
         data.check_writable(file)
-    current = settings(plan)
-    return Measurement(plan, SamplesFile(path, current), current, contexts(plan))
+    current, meter = settings(plan), Meter(with_gpus=plan.placement.on_gpu)
+    return Measurement(plan, SamplesFile(path, current), current, contexts(plan), meter)
 
 
 def contexts(plan: Plan) -> dict[Cell, Context]:
@@ -182,7 +183,7 @@ def contexts(plan: Plan) -> dict[Cell, Context]:
     refused: dict[Cell, CacheRefused] = {}
     cells = plan.order(1)
     try:
-        with memory.Sizes(plan.model) as sizes:
+        with memory.Sizes(plan.model, plan.placement) as sizes:
             for cell in cells:
                 (pair,) = parse_pairs(cell.cache)
                 try:
@@ -334,6 +335,8 @@ def _common(run: Measurement, cell: Cell, own: list[Sample]) -> dict[str, Any]:
         "kv_bytes": context.kv_bytes if (context := run.contexts.get(cell)) else None,
         "joules_per_token": sum(joules) / len(joules) / per_round if joules else None,
         "error": run.failed.get(cell),
+        "device": plan.placement.device,
+        "gpu_layers": plan.placement.gpu_layers,
         **{key: run.settings[key] for key in keys},
     }
 

@@ -28,7 +28,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
-from turbokv import circumstances, data, store
+from turbokv import circumstances, data, device, native, store
+from turbokv.device import ON_CPU, Placement
 from turbokv.errors import REFUSED, TurbokvError, signal_name
 from turbokv.plan import Plan, Task
 from turbokv.record import Record, Refusal, Result, requested
@@ -49,6 +50,7 @@ class Cell:
     arguments: tuple[str, ...]
     tokens: int  # about how many the command computes
     rung: int  # 0 for the smallest context or depth: small ones of all caches come before larger ones
+    placement: Placement = ON_CPU
 
     def __str__(self) -> str:
         return shlex.join(("turbokv", *self.arguments))
@@ -65,19 +67,30 @@ def cells(plan: Plan) -> list[Cell]:
     """All cells of a plan in the order in which they run: small contexts first, then by task, model and cache, so that
     a sweep that is stopped has compared all caches. Raises TurbokvError for models that are none."""
     found = []
+    placement = device.placement(plan.gpu_layers)
+    asked = native.has_gpu() or plan.gpu_layers is not None  # else nobody needs to be told that it is the CPU
+    layers = ("--gpu-layers", placement.option) if asked else ()
     for task in plan.tasks():
         text = task.text_fingerprint()
         calls = product(plan.models_of(task), enumerate(task.calls()), plan.caches_of(task))
         for model, (rung, (arguments, tokens)), cache in calls:
             path = data.model_path(model)
             threads = ("-t", str(plan.threads)) if plan.threads else ()
-            command = (task.command, "-m", model, *arguments, "--cache", cache, *threads)
-            identity = _identity(task, path, cache, arguments, text, plan.threads)
-            found.append(Cell(identity, task.name, path, cache, command, tokens, rung))
+            command = (task.command, "-m", model, *arguments, "--cache", cache, *threads, *layers)
+            identity = _identity(task, path, cache, arguments, text, plan.threads, placement)
+            found.append(Cell(identity, task.name, path, cache, command, tokens, rung, placement))
     return sorted(found, key=lambda cell: cell.rung)
 
 
-def _identity(task: Task, model: Path, cache: str, arguments: tuple[str, ...], text: str | None, threads: int) -> str:
+def _identity(
+    task: Task,
+    model: Path,
+    cache: str,
+    arguments: tuple[str, ...],
+    text: str | None,
+    threads: int,
+    placement: Placement,
+) -> str:
     """What makes two cells the same: not the build, and not what the model's file is called."""
     machine = circumstances.environment()
     identity: dict[str, Any] = {
@@ -88,6 +101,7 @@ def _identity(task: Task, model: Path, cache: str, arguments: tuple[str, ...], t
         "text": text,
         "machine": [machine.cpu, machine.gpu],
         "threads": threads if task.timed else None,  # of no effect on what is computed
+        **placement.identity(),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -301,7 +315,8 @@ def _result(cell: Cell, status: int, lines: list[str], output: Path) -> Result:
     if status in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if status == REFUSED:
-        return Refusal(task=cell.task, cache=cell.cache, reason=reason)
+        on = cell.placement
+        return Refusal(task=cell.task, cache=cell.cache, reason=reason, device=on.device, gpu_layers=on.gpu_layers)
     if status < 0:
         number = -status
         hint = ", out of memory?" if number == signal.SIGKILL else ""

@@ -350,7 +350,7 @@ def compact(found: Findings) -> dict[str, Table]:
         columns = {}
         for server in found.servers:
             for s in server.results:
-                title = heading(server.model, f"{s.parallel} parallel")
+                title = heading(server.model, f"{s.parallel} parallel{s.placement.title}")
                 columns.setdefault(title, {})[s.requested] = Cell(
                     number(s.tokens_per_second, 1), times(s.ratio_f16, s.ratio_ci95)
                 )

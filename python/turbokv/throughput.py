@@ -39,7 +39,7 @@ def arguments(plan: Plan, cell: Cell) -> list[str]:
         "--flash-attn": "on",
         "--cache-ram": 0,
     }
-    return [str(word) for option in options.items() for word in option]
+    return [str(word) for option in options.items() for word in option] + plan.placement.server_arguments()
 
 
 def prompts(tokens: list[int], n_prompt: int, count: int, seed: str) -> list[list[int]]:

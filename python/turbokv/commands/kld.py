@@ -11,12 +11,13 @@ import rich.box
 import typer
 from rich.table import Table
 
-from turbokv import cache_type, data, diagnosis, engine, perplexity, reference
+from turbokv import cache_type, data, device, diagnosis, engine, perplexity, reference
 from turbokv.cache_type import DEFAULT_CACHES
 from turbokv.commands.options import (
     CacheOption,
     ChunksOption,
     CtxOption,
+    GpuLayersOption,
     ModelOption,
     TextOption,
     ThreadsOption,
@@ -54,6 +55,7 @@ def kld(
     chunks: ChunksOption = 4,
     cache: CacheOption = DEFAULT_CACHES,
     threads: ThreadsOption = 0,
+    gpu_layers: GpuLayersOption = None,
     path: PathOption = TokenPath.PREFILL,
     noise_floor: Annotated[
         bool,
@@ -92,7 +94,8 @@ def kld(
     says that few tokens do the damage. `last 64` is the mean over the last 64 positions of every window: above the
     mean, it says that damage grows with the length.
 
-    The f16 reference is computed once per model, text, --ctx, --path, --threads and build, and kept on disk.
+    The f16 reference is computed once per model, text, --ctx, --path, --threads, --gpu-layers and build, and kept on
+    disk.
 
     Example: `turbokv kld -m model.gguf -f book.txt -c 4096 --chunks 2 --cache f16,q8_0,turbo4/turbo3 --json kld.json`
     """
@@ -100,7 +103,7 @@ def kld(
         raise TurbokvError("--reference-cache names a folder and --no-reference-cache uses none: give one of the two")
     directory = None if no_reference_cache else reference_cache or reference.default_directory()
     _run(
-        model, text, ctx, chunks, cache, threads, path, json_file,
+        model, text, ctx, chunks, cache, threads, gpu_layers, path, json_file,
         with_kld=True, noise_floor=noise_floor, wide=wide, directory=directory,
     )  # fmt: skip
 
@@ -112,6 +115,7 @@ def ppl(
     chunks: ChunksOption = 4,
     cache: CacheOption = DEFAULT_CACHES,
     threads: ThreadsOption = 0,
+    gpu_layers: GpuLayersOption = None,
     path: PathOption = TokenPath.PREFILL,
     json_file: JsonOption = None,
 ) -> None:
@@ -125,7 +129,7 @@ def ppl(
     Example: `turbokv ppl -m model.gguf -f wikitext2 -c 2048 --chunks -1 --cache f16,turbo3`
     """
     _run(
-        model, text, ctx, chunks, cache, threads, path, json_file,
+        model, text, ctx, chunks, cache, threads, gpu_layers, path, json_file,
         with_kld=False, noise_floor=False, wide=False, directory=None,
     )  # fmt: skip
 
@@ -137,6 +141,7 @@ def _run(
     chunks: int,
     cache: str,
     threads: int,
+    gpu_layers: str | None,
     path: TokenPath,
     json_file: Path | None,
     *,
@@ -152,8 +157,9 @@ def _run(
         data.check_writable(json_file)
     passage = perplexity.Passage("sample" if text is None else Path(text).name, data.read_text(text))
     n_threads = threads or engine.default_threads()
+    placement = device.placement(gpu_layers)
     try:
-        with engine.interrupts.deferred(), engine.Model(model) as loaded:
+        with engine.interrupts.deferred(), engine.Model(model, placement=placement) as loaded:
             tokens = loaded.tokenize(passage.content)
             n_windows = len(perplexity.windows(loaded, tokens, ctx, chunks))
             _notes(loaded, pairs, ctx, n_windows, chunks, with_kld=with_kld)
@@ -161,7 +167,9 @@ def _run(
                 _note(f"note: {lost}")
             store = None
             if directory:
-                key = reference.key(model, passage.content, n_ctx=ctx, path=path.value, n_threads=n_threads)
+                key = reference.key(
+                    model, passage.content, n_ctx=ctx, path=path.value, n_threads=n_threads, placement=placement
+                )
                 store = reference.Store(directory, key, _note)
             with progress(n_windows * (len(pairs) + 1 + noise_floor)) as advance:
                 measurement = perplexity.measure(
@@ -216,7 +224,7 @@ def _table(results: list[KldResult], *, wide: bool) -> Table:
     first = results[0]
     plural = "s" * (first.chunks != 1)
     way = ", token by token" if first.path == "decode" else ""
-    title = f"{first.model}, {first.chunks} window{plural} of {first.ctx} tokens{way}"
+    title = f"{first.model}, {first.chunks} window{plural} of {first.ctx} tokens{way}{first.placement.title}"
     table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, caption_justify="left", caption_style="")
     columns = [_columns(result, wide=wide) for result in results]
     if any(result.non_finite for result in results):

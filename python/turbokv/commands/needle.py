@@ -11,10 +11,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from turbokv import cache_type, data, engine, fingerprint, haystack, prompt
+from turbokv import cache_type, data, device, engine, fingerprint, haystack, prompt
 from turbokv import needle as measurement
 from turbokv.cache_type import DEFAULT_CACHES
-from turbokv.commands.options import CacheOption, ModelOption, ThreadsOption
+from turbokv.commands.options import CacheOption, GpuLayersOption, ModelOption, ThreadsOption
 from turbokv.errors import TurbokvError
 from turbokv.terminal import deliver, err, number, percent, progress
 
@@ -64,6 +64,7 @@ def needle(
         ),
     ] = "plain",
     threads: ThreadsOption = 0,
+    gpu_layers: GpuLayersOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results to this file, a list with one object per cache.")
     ] = None,
@@ -95,8 +96,9 @@ def needle(
     if json_file:
         data.check_writable(json_file)
     content = data.read_texts(text)
+    placement = device.placement(gpu_layers)
     try:
-        with engine.interrupts.deferred(), engine.Model(model) as loaded:
+        with engine.interrupts.deferred(), engine.Model(model, placement=placement) as loaded:
             plan = haystack.Plan(
                 task=task,
                 template=prompt.template(template, loaded),
@@ -188,7 +190,7 @@ def _table(results: list[record.NeedleResult]) -> Table:
     first = results[0]
     counts = {"haystack": first.haystacks, "question": len(first.trials), "distractor": first.distractors}
     counted = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
-    title = f"{first.model}, {first.task}, {counted}"
+    title = f"{first.model}, {first.task}, {counted}{first.placement.title}"
     table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     table.add_column("cache K/V", no_wrap=True)
     for name in ("bits K/V", "accuracy", "95% CI", "f16", "margin", "change", "95% CI", "lost", "gained"):

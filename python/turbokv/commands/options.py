@@ -35,3 +35,13 @@ CacheOption = Annotated[
 ThreadsOption = Annotated[
     int, typer.Option("--threads", "-t", min=0, help="CPU threads; 0 means all cores of this process.")
 ]
+GpuLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-layers",
+        "-ngl",
+        metavar="N|all",
+        help="Layers on the GPUs, their cache with them; 0 leaves GPUs out.",
+        show_default="all if the build and the machine have a GPU, else 0",
+    ),
+]

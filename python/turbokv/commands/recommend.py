@@ -109,7 +109,7 @@ def _sentences(answer: record.Recommendation, model: Path) -> list[str]:
     lines.append("Bytes: computed by llama.cpp for this model without allocating; exact for weights and KV.")
     if source := answer.kld_source:
         windows = f"{source.chunks} window{'s' * (source.chunks != 1)} of {source.ctx} tokens of {source.text.name}"
-        lines.append(f"KLD: measured on this model, {windows}, {source.path}.")
+        lines.append(f"KLD: measured on this model, {windows}, {source.path}, {source.placement}.")
         if source.ctx != answer.ctx:
             lines.append(f"  At {answer.ctx} tokens it was not measured; that it is the same there is an assumption.")
     else:
@@ -118,7 +118,8 @@ def _sentences(answer: record.Recommendation, model: Path) -> list[str]:
         )
     if speed := answer.speed_source:
         where = "on this machine" if speed.here else f"on another machine ({speed.cpu}), so here it is an estimate"
-        lines.append(f"Speed: measured {where}, at depth {speed.depth} with {speed.threads} threads.")
+        how = f"at depth {speed.depth} with {speed.threads} threads, {speed.placement}"
+        lines.append(f"Speed: measured {where}, {how}.")
     else:
         lines.append("Speed: not measured on this model.")
     missing = [c.requested for c in answer.candidates if c.fits and not (c.kld and c.tg_ratio_f16)]

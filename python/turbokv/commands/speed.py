@@ -13,11 +13,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from turbokv import cache_type, data, engine
+from turbokv import cache_type, data, device, engine
 from turbokv import speed as measurement
 from turbokv.cache_type import DEFAULT_CACHES
 from turbokv.cell import REQUESTS_PER_SLOT, Plan, Step
-from turbokv.commands.options import CacheOption, ModelOption, ThreadsOption
+from turbokv.commands.options import CacheOption, GpuLayersOption, ModelOption, ThreadsOption
 from turbokv.errors import TurbokvError
 from turbokv.terminal import deliver, duration, err, interval, number, terminated_as_interrupted
 
@@ -37,6 +37,7 @@ def speed(
     ] = "0,2048",
     cache: CacheOption = DEFAULT_CACHES,
     threads: ThreadsOption = 0,
+    gpu_layers: GpuLayersOption = None,
     rounds: Annotated[
         int, typer.Option("--rounds", "-r", min=1, help="How often everything is measured; one gives no interval.")
     ] = 5,
@@ -80,7 +81,8 @@ def speed(
     A run during which f16 itself moved by more than 3 % says so at the end: then trust the ratios, not the tokens/s.
 
     `KV MiB` is what llama.cpp allocates for the cache at that depth, `peak MiB` the largest resident memory of the
-    process, the model's file included as far as it was read; llama-bench holds the cache twice. `J/token`, where the
+    process, the model's file included as far as it was read; llama-bench holds the cache twice. What is on a GPU is not
+    in it. `J/token`, where the
     machine tells its energy, is that of CPU packages and GPUs for the whole llama-bench run over all tokens that it
     computed, not of generation alone.
 
@@ -107,6 +109,7 @@ def speed(
         seed=seed,
         timeout=timeout or None,
         parallel=measurement.parse_parallel(parallel),
+        placement=device.placement(gpu_layers),
     )
     run = measurement.start(plan, json_file)
     _speed_notes(run)
@@ -186,7 +189,8 @@ def _empty_table(what: str, results: list[record.SpeedResult] | list[record.Serv
     first = results[0]
     counts = {"round": max(result.rounds for result in results), "thread": first.threads}
     counted = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
-    table = Table(title=f"{first.model}, {what}, {counted}", title_justify="left", box=rich.box.SIMPLE_HEAD)
+    title = f"{first.model}, {what}, {counted}{first.placement.title}"
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     table.add_column("cache K/V", no_wrap=True)
     energy = any(result.joules_per_token is not None for result in results)
     for name in [*columns, "KV MiB", "peak MiB", *["J/token"] * energy]:

@@ -12,6 +12,7 @@ import rich.box
 import typer
 from rich.table import Table
 
+from turbokv.commands.options import GpuLayersOption
 from turbokv.errors import FAILED, INTERRUPTED, TurbokvError
 from turbokv.terminal import duration, err, out, terminated_as_interrupted
 
@@ -36,6 +37,7 @@ def sweep(
     lengths: Annotated[str | None, typer.Option("--lengths", help="needle: comma-separated haystack sizes.")] = None,
     depth: Annotated[str | None, typer.Option("--depth", "-d", help="speed: comma-separated filled tokens.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=0, help="CPU threads; 0 means all.")] = None,
+    gpu_layers: GpuLayersOption = None,
     budget: Annotated[
         str | None, typer.Option("--budget", help="Time to spend now, such as 10m or 1h30m; the rest another time.")
     ] = None,
@@ -86,7 +88,7 @@ def sweep(
     from turbokv import sweep as measuring
 
     tasks = [name.strip() for name in task.split(",")] if task else None
-    plan = plans.load(plan_file, _flags(model, cache, ctx, lengths, depth, threads), tasks, text)
+    plan = plans.load(plan_file, _flags(model, cache, ctx, lengths, depth, threads, gpu_layers), tasks, text)
     cells = measuring.cells(plan)
     if dry_run:
         _list(cells, output, again)
@@ -131,9 +133,10 @@ def _flags(
     lengths: str | None,
     depth: str | None,
     threads: int | None,
+    gpu_layers: str | None,
 ) -> dict[str, Any]:
     """What the flags say, in the shape of a plan."""
-    plan: dict[str, Any] = {"models": model, "caches": cache, "threads": threads}
+    plan: dict[str, Any] = {"models": model, "caches": cache, "threads": threads, "gpu_layers": gpu_layers}
     plan = {key: value for key, value in plan.items() if value is not None}
     for name, key, value in (("kld", "ctx", ctx), ("needle", "lengths", lengths), ("speed", "depths", depth)):
         if value is not None:
