@@ -8,14 +8,17 @@
 
 #include "ops-attention.h"
 
+#include <cstdlib>
+
 static const char * const HELP =
     R"(Our types in the operations of a KV cache: SET_ROWS, GET_ROWS, CPY, MUL_MAT, FLASH_ATTN_EXT.
 
-    test-turbokv-ops [--device NAME] [--full [SHARD/SHARDS]]
+    test-turbokv-ops [--device NAME] [--full [SHARD/SHARDS]] [--every N]
 
   --device NAME   CPU, CUDA0, ..  (CPU)
   --full          every pair of types with every shape: hours on two cores, minutes on a GPU; a shard takes every
                   SHARDS-th case of attention from number SHARD on
+  --every N       only every N-th case of attention: for compute-sanitizer
 
 Exit codes: 0 all is right, 1 something is not, 2 wrong arguments, 77 this machine or build lacks the CUDA device.
 )";
@@ -194,6 +197,8 @@ int main(int argc, char ** argv) {
         }
         if (strcmp(argv[i], "--device") == 0 && i + 1 < argc) {
             device = argv[++i];
+        } else if (strcmp(argv[i], "--every") == 0 && i + 1 < argc) {
+            n_shards = std::max(1, atoi(argv[++i]));
         } else if (strcmp(argv[i], "--full") == 0) {
             full = true;
             if (i + 1 < argc && argv[i + 1][0] != '-' &&
