@@ -106,7 +106,7 @@ run() {
     local step=$1 name=$2 began=$SECONDS code=0
     shift 2
     say "$name"
-    "$@" 2>&1 | tee "$out/$name.log" | { grep -v ': .*OK' || true; } || code=$?
+    "$@" 2>&1 | tee "$out/$name.log" | { grep -Ev ': .*(OK|not supported)' || true; } || code=$?
     if [ "$code" != 0 ]; then
         record "$step" "$name" "failed ($code)" $((SECONDS - began)) '' "$@"
         fail "$name failed with $code (77: no such device); its output is in $out/$name.log"

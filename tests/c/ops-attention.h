@@ -211,7 +211,7 @@ private:
     std::vector<float> kd, vd;
 
     float mask_value(int64_t b, int64_t s, int64_t i) const {
-        return c.with.max_bias == 0.0f ? 0.0f : -(float) (c.end(b, s) - 1 - i);
+        return c.with.max_bias == 0.0f ? 0.0f : ggml_fp16_to_fp32(ggml_fp32_to_fp16(-(float) (c.end(b, s) - 1 - i)));
     }
 };
 
@@ -376,6 +376,11 @@ static std::vector<attention_case> attention_cases(bool full) {
                     add(p, 128, n_batch == 1 ? 8 : 4, n_batch, 1, n_kv, features[0]);
                 }
             }
+        }
+    }
+    for (int i : { 0, 5, 8 }) {  // a prompt so deep that its caches are converted in parts
+        if (!on_cpu) {
+            add(examples[0], 128, 2, 33, 1, 70000, features[i]);
         }
     }
     for (int64_t n_batch : { 1, 33 }) {  // heads that upstream's CUDA attention has only in pairs, or not at all
