@@ -5,11 +5,6 @@
 // Calls the codec functions by name, never through ggml's traits: so the sanitized build of this test runs the
 // sanitized codec that is linked into it. Buffers are malloc'd to the byte for AddressSanitizer's sake.
 
-#include "ggml.h"
-#include "splitmix64.h"
-#include "turbokv-encode.h"
-#include "turbokv-quants.h"
-
 #include <float.h>
 #include <inttypes.h>
 #include <math.h>
@@ -18,6 +13,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "ggml.h"
+#include "golden-file.h"
+#include "splitmix64.h"
+#include "turbokv-encode.h"
+#include "turbokv-quants.h"
 
 #define MAX_BLOCK   128
 #define MAX_REPORTS 8  // per type: one wrong table entry breaks thousands of values
@@ -126,68 +127,45 @@ static void random_gaussian(float * x, int n) {  // Box-Muller, n even
 }
 
 static void check_golden(const struct codec * c, const char * folder) {
-    char path[4096];
-    snprintf(path, sizeof(path), "%s/%s.bin", folder, c->name);
-    FILE * file = fopen(path, "rb");
-    if (file == NULL) {
-        fail(c, "cannot open %s; scripts/generate.py writes it", path);
+    struct golden_file g;
+    char               error[8192];
+    if (!golden_read(folder, c->name, (int) c->type, c->block, c->size, &g, error, sizeof(error))) {
+        fail(c, "%s", error);
         return;
     }
-
-    char     magic[4]  = { 0 };
-    uint32_t header[5] = { 0 };  // version, type id, block, block bytes, blocks; the file is little-endian
-    size_t   n_read    = fread(magic, sizeof(magic), 1, file) + fread(header, sizeof(header), 1, file);
-    if (n_read != 2 || memcmp(magic, "TKVG", 4) != 0 || header[0] != 1 || header[4] == 0 ||
-        header[1] != (uint32_t) c->type || header[2] != (uint32_t) c->block || header[3] != c->size) {
-        fail(c,
-             "header of %s: version %u, id %u, block %u, %u bytes, %u blocks; compiled: version 1, id %d, block %d, "
-             "%zu bytes. Regenerate with scripts/generate.py",
-             path, header[0], header[1], header[2], header[3], header[4], (int) c->type, c->block, c->size);
-        fclose(file);
-        return;
-    }
-
     float *   x       = allocate(c->block * sizeof(float));
-    float *   y_saved = allocate(c->block * sizeof(float));
     float *   y       = allocate(c->block * sizeof(float));
     uint8_t * q_saved = allocate(c->size);
     uint8_t * q       = allocate(c->size);
-    for (uint32_t i = 0; i < header[4]; ++i) {
-        n_read = fread(x, c->block * sizeof(float), 1, file) + fread(q_saved, c->size, 1, file) +
-                 fread(y_saved, c->block * sizeof(float), 1, file);
-        if (n_read != 3) {
-            fail(c, "%s ends in block %u of %u; regenerate with scripts/generate.py", path, i, header[4]);
-            break;
-        }
+    for (int i = 0; i < g.n_blocks; ++i) {
+        memcpy(x, g.x + i * c->block, c->block * sizeof(float));
+        memcpy(q_saved, g.q + i * c->size, c->size);
         memset(q, 0xa5, c->size);
         c->quantize(x, q, c->block);
         for (size_t b = 0; b < c->size; ++b) {
             if (q[b] != q_saved[b]) {
                 fail(c,
-                     "block %u, byte %zu%s: encoded 0x%02x, golden 0x%02x; if the layout was meant to change: "
+                     "block %d, byte %zu%s: encoded 0x%02x, golden 0x%02x; if the layout was meant to change: "
                      "scripts/generate.py",
                      i, b, b >= c->d_offset ? " (scale)" : "", q[b], q_saved[b]);
             }
         }
         c->dequantize((const void *) q_saved, y, c->block);
         for (int j = 0; j < c->block; ++j) {
-            if (!same_float(y[j], y_saved[j])) {
+            const float expected = g.y[i * c->block + j];
+            if (!same_float(y[j], expected)) {
                 fail(c,
-                     "block %u, value %d: decoded %.9g, golden %.9g; if the codebook was meant to change: "
+                     "block %d, value %d: decoded %.9g, golden %.9g; if the codebook was meant to change: "
                      "scripts/generate.py",
-                     i, j, y[j], y_saved[j]);
+                     i, j, y[j], expected);
             }
         }
     }
-    if (n_failures == 0 && fgetc(file) != EOF) {
-        fail(c, "%s is longer than its header says; regenerate with scripts/generate.py", path);
-    }
     free(x);
-    free(y_saved);
     free(y);
     free(q_saved);
     free(q);
-    fclose(file);
+    golden_free(&g);
 }
 
 // ---- level indices

@@ -25,8 +25,9 @@ sys.path.insert(0, str(REPO / "ggml-ext"))
 from apply_hooks import MARKER, Hook, insert, load_hooks  # noqa: E402
 
 HOOKS = load_hooks()
-SEEN_BY_COMPILER = [hook for hook in HOOKS if hook.test.startswith("the build")]
-SEEN_BY_TEST = [hook for hook in HOOKS if hook not in SEEN_BY_COMPILER]
+SEEN_ON_GPU = [hook for hook in HOOKS if "scripts/gpu.sh" in hook.test or "TURBOKV_CUDA" in hook.test]  # not here
+SEEN_BY_COMPILER = [hook for hook in HOOKS if hook not in SEEN_ON_GPU and hook.test.startswith("the build")]
+SEEN_BY_TEST = [hook for hook in HOOKS if hook not in SEEN_ON_GPU and hook not in SEEN_BY_COMPILER]
 
 
 def hook_id(hook: Hook) -> str:
