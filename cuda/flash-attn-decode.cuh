@@ -1,7 +1,7 @@
 // The attention kernel for few queries: FLASH_ATTN_EXT with 1 to 16 query tokens over a packed cache.
 //
-//   flash_attn_decode   every warp takes tiles of 32 keys of one KV head, of all query heads that share it, and keeps
-//                       a running softmax; the warps of a block are merged in shared memory
+//   flash_attn_decode   every warp takes tiles of 64 or 32 keys of one KV head, for all query heads that share it, and
+//                       keeps a running softmax; the warps of a block are merged in shared memory
 //   flash_attn_combine  (flash-attn-decode.cu) merges the blocks, adds the sinks, rotates back what tbqN has rotated
 //
 // A column is a query of the group: (query token, query head of the KV head), head fastest. Columns are the rows of the
@@ -12,8 +12,8 @@
 // as the probability, relative to the greatest of the tile, so that the fixed point fits whatever the scores are.
 // No value is decoded more than once for the 8 * MT columns of a block, and none is written anywhere.
 //
-// Each warp stages its packed rows in shared memory with asynchronous copies, two tiles deep, K and V apart. A row of a
-// head is rarely aligned to 16 bytes: what is copied are the 16-byte pieces that it touches. Rows lie a multiple of
+// Each warp stages its packed rows in shared memory with asynchronous copies: the next tile's K is on its way while V is
+// summed, and V while K is scored. A row of a head is rarely aligned to 16 bytes: what is copied are the 16-byte pieces that it touches. Rows lie a multiple of
 // 16 bytes apart from each other, an odd one where the cache's rows are aligned: then no two lanes hit the same bank.
 //
 // Layout of the operands: flash-attn-formats.cuh. Truth: tests/c/test-turbokv-ops.cpp (float64), on the CPU
@@ -25,10 +25,17 @@
 #include "flash-attn-formats.cuh"
 #include "flash-attn-mma.cuh"
 
-#define DECODE_TILE    32  // keys
-#define DECODE_WARPS   4
-#define DECODE_STAGES  2
-#define DECODE_COLUMNS 8   // of a tensor core tile
+#define DECODE_COLUMNS 8  // of a tensor core tile
+
+// What registers allow: one block per SM, as many warps as its shared memory lets in. Fewer blocks write fewer parts.
+constexpr __host__ __device__ int decode_max_warps(int head_size, int column_tiles) {
+    return head_size * column_tiles <= 128 ? 12 : 8;
+}
+
+// Keys of a tile. Of 64, sums are turned into floats half as often.
+constexpr __host__ __device__ int decode_tile(int head_size, int column_tiles) {
+    return head_size * column_tiles <= 128 ? 64 : 32;
+}
 
 // One of K and V.
 struct decode_operand {
@@ -118,119 +125,101 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
     static constexpr int COLUMNS  = DECODE_COLUMNS * MT;
     static constexpr bool Q_IN_REGISTERS = MT * K_STEPS <= 8;
 
-    static constexpr int COLUMNS_PER_WARP = COLUMNS / DECODE_WARPS;
+    static constexpr int WARPS    = decode_max_warps(D, MT);
+    static constexpr int TILE     = decode_tile(D, MT);
+    static constexpr int J        = TILE / 8;  // a tile is so many tensor core tiles of keys
 
-    // Shared memory: the query's operands, [MT][K_STEPS][lane][4]; the query as floats, [COLUMNS][D]; then the stages,
-    // where in the end the warps are merged.
+    // Shared memory: the query's operands, [MT][K_STEPS][lane][4]; the query as floats, [COLUMNS][D]; then of each warp
+    // a tile of K and of V; there the warps are merged in the end.
     static constexpr int Q_BYTES    = MT * K_STEPS * 32 * 16;
     static constexpr int HEAD_BYTES = Q_BYTES + COLUMNS * D * 4;
 
-    static __host__ __device__ size_t stage_bytes(int k_row, int v_row) {
-        return (size_t) DECODE_TILE * (k_row + v_row) + 32;
-    }
-
-    static __host__ size_t shared_bytes(int k_row, int v_row) {
-        const size_t stages = DECODE_WARPS * DECODE_STAGES * stage_bytes(k_row, v_row);
-        const size_t merge  = DECODE_WARPS * (COLUMNS * (size_t) D * sizeof(float) + COLUMNS * sizeof(float2));
-        return HEAD_BYTES + (stages > merge ? stages : merge);
+    static __host__ __device__ size_t warp_bytes(int k_row, int v_row) {
+        const size_t stage = (size_t) TILE * (k_row + v_row) + 32;
+        const size_t merge = COLUMNS * (D * sizeof(float) + sizeof(float2));
+        return stage > merge ? stage : merge;
     }
 
     // ---- the query
 
-    // The columns of this warp, c = warp, warp + DECODE_WARPS, ..: rotated as K is, put among the operands. rows[c] is
-    // the query of column c or NULL; units[c] becomes what a product of the operand is worth.
-    static __device__ void load_queries(const decode_params & p, const float * const * rows, float * scratch,
-                                        uint32_t * operands, float * units, int warp, int lane) {
+    // Column c, of which q is the query, or NULL: rotated as K is, put among the operands. Returns what a product of the
+    // operand is worth.
+    static __device__ float load_query(const decode_params & p, const float * q, float * scratch, uint32_t * operands,
+                                       int c, int lane) {
         constexpr int BLOCK    = D < 128 ? D : 128;
         constexpr int PER_LANE = BLOCK / 32;
-        float         x[COLUMNS_PER_WARP][D / BLOCK][PER_LANE];
+        float         x[D / BLOCK][PER_LANE];
+        uint32_t      top = 0;  // as unsigned numbers, infinity and NaN are above all finite floats
 #pragma unroll
-        for (int i = 0; i < COLUMNS_PER_WARP; ++i) {
-            const float * q = rows[warp + i * DECODE_WARPS];
+        for (int j = 0; j < D / BLOCK; ++j) {
 #pragma unroll
-            for (int j = 0; j < D / BLOCK; ++j) {
-#pragma unroll
-                for (int l = 0; l < PER_LANE; ++l) {
-                    x[i][j][l] = q ? q[BLOCK * j + PER_LANE * lane + l] : 0.0f;
-                }
+            for (int l = 0; l < PER_LANE; ++l) {
+                x[j][l] = q ? q[BLOCK * j + PER_LANE * lane + l] : 0.0f;
             }
         }
-        float unit[COLUMNS_PER_WARP];
 #pragma unroll
-        for (int i = 0; i < COLUMNS_PER_WARP; ++i) {
-            uint32_t top = 0;  // as unsigned numbers, infinity and NaN are above all finite floats
+        for (int j = 0; j < D / BLOCK; ++j) {
+            if constexpr (BLOCK == 128) {
+                if (p.k.rotated) {
 #pragma unroll
-            for (int j = 0; j < D / BLOCK; ++j) {
-                if constexpr (BLOCK == 128) {
-                    if (p.k.rotated) {
-#pragma unroll
-                        for (int l = 0; l < PER_LANE; ++l) {
-                            x[i][j][l] *= srht_sign(p.srht_signs, PER_LANE * lane + l);
-                        }
-                        hadamard_128(x[i][j], lane);
+                    for (int l = 0; l < PER_LANE; ++l) {
+                        x[j][l] *= srht_sign(p.srht_signs, PER_LANE * lane + l);
                     }
-                }
-#pragma unroll
-                for (int l = 0; l < PER_LANE; ++l) {
-                    scratch[(warp + i * DECODE_WARPS) * D + BLOCK * j + PER_LANE * lane + l] = x[i][j][l];
-                    top = max(top, __float_as_uint(x[i][j][l]) & 0x7fffffff);
+                    hadamard_128(x[j], lane);
                 }
             }
 #pragma unroll
-            for (int distance = 16; distance > 0; distance /= 2) {
-                top = max(top, __shfl_xor_sync(0xffffffff, top, distance));
-            }
-            // fp16: relative to the greatest, so that no query overflows. Else 127 * 256.
-            constexpr float LIMIT = KF == KV_F16 ? 1.0f : 32512.0f;
-            const float     most  = __uint_as_float(top);
-            unit[i]               = most > 0.0f ? LIMIT / most : 0.0f;
-            if (lane == 0) {
-                units[warp + i * DECODE_WARPS] = most / LIMIT + (most - most);  // NaN if not finite
+            for (int l = 0; l < PER_LANE; ++l) {
+                scratch[BLOCK * j + PER_LANE * lane + l] = x[j][l];
+                top = max(top, __float_as_uint(x[j][l]) & 0x7fffffff);
             }
         }
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) {
+            top = max(top, __shfl_xor_sync(0xffffffff, top, distance));
+        }
+        // fp16: relative to the greatest, so that no query overflows. Else 127 * 256.
+        constexpr float LIMIT = KF == KV_F16 ? 1.0f : 32512.0f;
+        const float     most  = __uint_as_float(top);
+        const float     unit  = most > 0.0f ? LIMIT / most : 0.0f;
         __syncwarp();
+        operands += (c / DECODE_COLUMNS * K_STEPS * 32 + c % DECODE_COLUMNS * 4) * 4;
 #pragma unroll
-        for (int i = 0; i < COLUMNS_PER_WARP; ++i) {
-            const int     c   = warp + i * DECODE_WARPS;
-            const float * row = scratch + c * D;
-            uint32_t *    out = operands + (c / DECODE_COLUMNS * K_STEPS * 32 + c % DECODE_COLUMNS * 4) * 4;
+        for (int first = 0; first < K_STEPS * 8; first += 32) {
+            const int word = first + lane;  // step, half, lane of four
+            if (K_STEPS * 8 % 32 != 0 && word >= K_STEPS * 8) {
+                break;
+            }
+            const int  s = word / 8, h = word / 4 % 2, t = word % 4;
+            uint32_t * to = operands + (s * 32 + t) * 4 + 2 * h;
+            if constexpr (KF == KV_F16) {  // the low part is what the high part has lost
+                const float a = scratch[16 * s + 8 * h + 2 * t] * unit, b = scratch[16 * s + 8 * h + 2 * t + 1] * unit;
+                const half2 high = __floats2half2_rn(a, b);
+                const half2 low  = __floats2half2_rn(a - __low2float(high), b - __high2float(high));
+                to[0]            = *(const uint32_t *) &high;
+                to[1]            = *(const uint32_t *) &low;
+            } else {
+                constexpr int STEPS = k_codec::BLOCK / 32;
+                uint32_t      number[4];
 #pragma unroll
-            for (int j = 0; j < K_STEPS * 8; j += 32) {
-                const int word = j + lane;  // step, half, lane of four
-                if (K_STEPS * 8 < 32 && word >= K_STEPS * 8) {
-                    break;
+                for (int l = 0; l < 4; ++l) {
+                    const int place = k_codec::k_place(s % STEPS, t, h, l, p.k.interleaved);
+                    number[l] = __float_as_uint(scratch[s / STEPS * k_codec::BLOCK + place] * unit + (MAGIC + 128.0f));
                 }
-                const int  s = word / 8, h = word / 4 % 2, t = word % 4;
-                uint32_t * to = out + (s * 32 + t) * 4 + 2 * h;
-                if constexpr (KF == KV_F16) {  // the low part is what the high part has lost
-                    const float a = row[16 * s + 8 * h + 2 * t] * unit[i], b = row[16 * s + 8 * h + 2 * t + 1] * unit[i];
-                    const half2 high = __floats2half2_rn(a, b);
-                    const half2 low  = __floats2half2_rn(a - __low2float(high), b - __high2float(high));
-                    to[0]            = *(const uint32_t *) &high;
-                    to[1]            = *(const uint32_t *) &low;
-                } else {
-                    constexpr int STEPS = k_codec::BLOCK / 32;
-                    uint32_t      number[4];
-#pragma unroll
-                    for (int l = 0; l < 4; ++l) {
-                        const int place = k_codec::k_place(s % STEPS, t, h, l, p.k.interleaved);
-                        number[l] =
-                            __float_as_uint(row[s / STEPS * k_codec::BLOCK + place] * unit[i] + (MAGIC + 128.0f));
-                    }
-                    split_bytes(number[0], number[1], number[2], number[3], to[0], to[1]);
-                }
+                split_bytes(number[0], number[1], number[2], number[3], to[0], to[1]);
             }
         }
+        return (most + (most - most)) * (1.0f / LIMIT);  // NaN if not finite
     }
 
     // ---- scores: s[mt][j][i] of column g, key 8j + 2t + i of the tile, in units of log 2 after `factor`
 
     static __device__ __forceinline__ void scores(const decode_params & p, const uint8_t * rows,
                                                   const uint4 (&q)[Q_IN_REGISTERS ? MT * K_STEPS : 1],
-                                                  const uint4 * q_shared, int lane, float (&s)[MT][4][2]) {
+                                                  const uint4 * q_shared, int lane, float (&s)[MT][J][2]) {
         const int g = lane >> 2, t = lane & 3;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < J; ++j) {
             const uint8_t * row = rows + (8 * j + g) * p.k.row;
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
@@ -281,23 +270,23 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
     }
 
     // Products -> scores in units of log 2, of one column: scaled, capped, with the mask.
-    static __device__ __forceinline__ void finish_scores(const decode_params & p, const uint32_t (&seen)[4],
-                                                         float q_unit, float slope, bool biased, float (&s)[4][2]) {
+    static __device__ __forceinline__ void finish_scores(const decode_params & p, const uint32_t (&seen)[J],
+                                                         float q_unit, float slope, bool biased, float (&s)[J][2]) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < J; ++j) {
             s[j][0] *= q_unit;
             s[j][1] *= q_unit;
         }
         if (p.softcap != 0.0f) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+            for (int j = 0; j < J; ++j) {
                 s[j][0] = p.softcap * LOG2E * tanhf(s[j][0]);
                 s[j][1] = p.softcap * LOG2E * tanhf(s[j][1]);
             }
         }
         if (biased) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {  // whatever a hidden key scores
+            for (int j = 0; j < J; ++j) {  // whatever a hidden key scores
                 const float2 bias = __half22float2(*(const half2 *) &seen[j]);
                 s[j][0]           = bias.x == -INFINITY ? -INFINITY : s[j][0] + slope * bias.x;
                 s[j][1]           = bias.y == -INFINITY ? -INFINITY : s[j][1] + slope * bias.y;
@@ -319,30 +308,32 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
 
     // `prob` are the probabilities of keys 8j + 2t + i, `weight` is what the tile counts for.
     static __device__ __forceinline__ void add_values(const decode_params & p, const uint8_t * rows,
-                                                      const float (&prob)[MT][4][2], const float (&weight)[MT], int lane,
+                                                      const float (&prob)[MT][J][2], const float (&weight)[MT], int lane,
                                                       float (&o)[MT][V_TILES][2]) {
         const int g = lane >> 2, t = lane & 3;
         if constexpr (VF == KV_F16) {
-            uint4 a[MT][2];
+            uint4 a[MT][J / 2];
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
-                uint32_t x[4][2];
+                uint32_t x[J][2];
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
+                for (int j = 0; j < J; ++j) {
                     const half2 high = __floats2half2_rn(prob[mt][j][0], prob[mt][j][1]);
                     const half2 low =
                         __floats2half2_rn(prob[mt][j][0] - __low2float(high), prob[mt][j][1] - __high2float(high));
                     x[j][0] = *(const uint32_t *) &high;
                     x[j][1] = *(const uint32_t *) &low;
                 }
-                a[mt][0] = { x[0][0], x[0][1], x[1][0], x[1][1] };
-                a[mt][1] = { x[2][0], x[2][1], x[3][0], x[3][1] };
+#pragma unroll
+                for (int k = 0; k < J / 2; ++k) {
+                    a[mt][k] = { x[2 * k][0], x[2 * k][1], x[2 * k + 1][0], x[2 * k + 1][1] };
+                }
             }
 #pragma unroll
             for (int pair = 0; pair < V_TILES / 2; ++pair) {
-                uint32_t b[2][4];  // even and odd value, keys 8j + 2t and the next
+                uint32_t b[2][J];  // even and odd value, keys 8j + 2t and the next
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
+                for (int j = 0; j < J; ++j) {
                     const uint8_t * row = rows + (8 * j + 2 * t) * p.v.row + 32 * pair + 4 * g;
                     const uint32_t  x = load_u32(row), y = load_u32(row + p.v.row);
                     b[0][j] = permute_bytes(x, y, 0x5410);
@@ -352,31 +343,35 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
                 for (int odd = 0; odd < 2; ++odd) {
 #pragma unroll
                     for (int mt = 0; mt < MT; ++mt) {
-                        float4 c = mma_f16(a[mt][0], b[odd][0], b[odd][1], { });
-                        c        = mma_f16(a[mt][1], b[odd][2], b[odd][3], c);
+                        float4 c = { };
+#pragma unroll
+                        for (int k = 0; k < J / 2; ++k) {
+                            c = mma_f16(a[mt][k], b[odd][2 * k], b[odd][2 * k + 1], c);
+                        }
                         o[mt][2 * pair + odd][0] += (c.x + c.z) * weight[mt];
                         o[mt][2 * pair + odd][1] += (c.y + c.w) * weight[mt];
                     }
                 }
             }
         } else {
-            using raw = typename v_codec::raw;
-            constexpr int TILES = v_codec::BLOCK / 8;
+            using raw                 = typename v_codec::raw;
+            constexpr int BLOCK_TILES = v_codec::BLOCK / 8;
+            constexpr int STEPS       = TILE / 32;
 #pragma unroll
             for (int block = 0; block < D / v_codec::BLOCK; ++block) {
                 const uint8_t * first = rows + 2 * t * p.v.row + block * v_codec::BYTES;
-                float           d[4][2];
-                raw             packed[2][4];
+                float           d[J][2];
+                raw             packed[J / 2][4];
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
+                for (int j = 0; j < J; ++j) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const uint8_t * row              = first + (8 * j + i) * p.v.row;
-                        d[j][i]                          = load_half(row + v_codec::SCALE);
+                        const uint8_t * row          = first + (8 * j + i) * p.v.row;
+                        d[j][i]                      = load_half(row + v_codec::SCALE);
                         packed[j / 2][j % 2 * 2 + i] = v_codec::load(row, g);
                     }
                 }
-                uint4 a[MT];
+                uint4 a[MT][STEPS];
                 float unit[MT];
 #pragma unroll
                 for (int mt = 0; mt < MT; ++mt) {
@@ -384,15 +379,21 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
                 }
 #pragma unroll
                 for (int part = 0; part < v_codec::PARTS; ++part) {
-                    uint32_t b0[v_codec::PART], b1[v_codec::PART];
-                    v_codec::v_operands(packed[0], g, part, p.v.levels, b0);
-                    v_codec::v_operands(packed[1], g, part, p.v.levels, b1);
+                    uint32_t b[J / 2][v_codec::PART];
+#pragma unroll
+                    for (int k = 0; k < J / 2; ++k) {
+                        v_codec::v_operands(packed[k], g, part, p.v.levels, b[k]);
+                    }
 #pragma unroll
                     for (int n = 0; n < v_codec::PART; ++n) {
-                        const int tile = block * TILES + part * v_codec::PART + n;
+                        const int tile = block * BLOCK_TILES + part * v_codec::PART + n;
 #pragma unroll
                         for (int mt = 0; mt < MT; ++mt) {
-                            const int4 c = mma_s8(a[mt], b0[n], b1[n], { });
+                            int4 c = { };
+#pragma unroll
+                            for (int k = 0; k < STEPS; ++k) {
+                                c = mma_s8(a[mt][k], b[2 * k][n], b[2 * k + 1][n], c);
+                            }
                             o[mt][tile][0] += (float) (c.x * 256 + c.z) * unit[mt];
                             o[mt][tile][1] += (float) (c.y * 256 + c.w) * unit[mt];
                         }
@@ -404,12 +405,12 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
 
     // Probability times scale as 16-bit numbers; returns their unit, without the step. Not finite where a key that
     // counts has a scale that is not: as unsigned numbers, infinity and NaN are above all finite floats.
-    static __device__ __forceinline__ float fixed_point(const float (&prob)[4][2], const float (&d)[4][2],
-                                                        uint4 & a) {
-        float    x[4][2];
+    static __device__ __forceinline__ float fixed_point(const float (&prob)[J][2], const float (&d)[J][2],
+                                                        uint4 (&a)[TILE / 32]) {
+        float    x[J][2];
         uint32_t top = 0;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < J; ++j) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 x[j][i] = prob[j][i] == 0.0f ? 0.0f : prob[j][i] * d[j][i];
@@ -418,19 +419,22 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
         }
         top              = max(top, __shfl_xor_sync(0xffffffff, top, 1));
         top              = max(top, __shfl_xor_sync(0xffffffff, top, 2));
-        const float most = fmaxf(__uint_as_float(top), 1e-30f) * (__uint_as_float(top) - __uint_as_float(top) + 1.0f);
-        const float unit = __fdividef(32512.0f, most);
-        uint32_t    n[4][2];
+        const float most = __uint_as_float(top);
+        const float unit = __fdividef(32512.0f, fmaxf(most, 1e-30f));
+        uint32_t    n[J][2];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < J; ++j) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 n[j][i] = __float_as_uint(x[j][i] * unit + (MAGIC + 128.0f));
             }
         }
-        split_bytes(n[0][0], n[0][1], n[1][0], n[1][1], a.x, a.y);
-        split_bytes(n[2][0], n[2][1], n[3][0], n[3][1], a.z, a.w);
-        return most * (1.0f / 32512.0f);
+#pragma unroll
+        for (int k = 0; k < TILE / 32; ++k) {
+            split_bytes(n[4 * k][0], n[4 * k][1], n[4 * k + 1][0], n[4 * k + 1][1], a[k].x, a[k].y);
+            split_bytes(n[4 * k + 2][0], n[4 * k + 2][1], n[4 * k + 3][0], n[4 * k + 3][1], a[k].z, a[k].w);
+        }
+        return (most + (most - most)) * (1.0f / 32512.0f);
     }
 
     // ---- staging
@@ -448,7 +452,7 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
         const char *  tile   = head + first * x.nb1;
         const int     offset = (uintptr_t) tile & 15;
 
-        if (x.nb1 % 16 == 0 && first + DECODE_TILE <= n_kv) {  // all rows lie the same
+        if (x.nb1 % 16 == 0 && first + TILE <= n_kv) {  // all rows lie the same
             const char * from = tile - offset + row * x.nb1 + 16 * piece;
             uint8_t *    to   = rows + row * x.row + 16 * piece;
 #pragma unroll
@@ -462,7 +466,7 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
             }
             return;
         }
-        for (int j = row; j < DECODE_TILE; j += ROWS) {
+        for (int j = row; j < TILE; j += ROWS) {
             const uintptr_t from = (uintptr_t) (head + min(first + j, n_kv - 1) * x.nb1);
             uint8_t *       to   = rows + ((offset + j * x.row) & ~15);
             for (int i = piece; 16 * i < (int) (from & 15) + BYTES; i += LANES) {
@@ -473,21 +477,21 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
 
     // The mask's values for keys 8j + 2t and the next of a tile, as two fp16 each.
     static __device__ __forceinline__ void load_mask(const decode_params & p, const half * const (&mask)[MT], int first,
-                                                     int t, uint32_t (&x)[MT][4]) {
+                                                     int t, uint32_t (&x)[MT][J]) {
         constexpr uint32_t HIDDEN = 0xfc00;  // -infinity
-        const bool         whole  = first + DECODE_TILE <= p.n_kv;
+        const bool         whole  = first + TILE <= p.n_kv;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
             const uint16_t * m = (const uint16_t *) mask[mt] + first + 2 * t;
             if (whole && (!p.mask || p.mask_pairs)) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
+                for (int j = 0; j < J; ++j) {
                     x[mt][j] = p.mask ? *(const uint32_t *) (m + 8 * j) : 0;
                 }
                 continue;
             }
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+            for (int j = 0; j < J; ++j) {
                 const int left = p.n_kv - (first + 8 * j + 2 * t);
                 x[mt][j]       = (left < 1 ? HIDDEN : p.mask ? m[8 * j] : 0) |
                            (left < 2 ? HIDDEN : p.mask ? m[8 * j + 1] : 0) << 16;
@@ -496,19 +500,14 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
     }
 };
 
-// As many as registers allow; with them the compiler's limit.
-constexpr __host__ __device__ int decode_blocks_per_sm(int head_size, int column_tiles) {
-    return head_size * column_tiles <= 128 ? 4 : 2;
-}
-
 template <int D, int MT, kv_format KF, kv_format VF>
-__launch_bounds__(32 * DECODE_WARPS, decode_blocks_per_sm(D, MT))
+__launch_bounds__(32 * decode_max_warps(D, MT), 1)
 static __global__ void flash_attn_decode(const __grid_constant__ decode_params p) {
 #if __CUDA_ARCH__ >= 750
     using kernel = decode_kernel<D, MT, KF, VF>;
-    constexpr int COLUMNS = kernel::COLUMNS;
+    constexpr int COLUMNS = kernel::COLUMNS, TILE = kernel::TILE, J = kernel::J;
 
-    const int lane = threadIdx.x, warp = threadIdx.y;
+    const int lane = threadIdx.x, warp = threadIdx.y, n_warps = blockDim.y;
     const int g = lane >> 2, t = lane & 3;
     const int kv_head      = blockIdx.x;
     const int split        = blockIdx.y;
@@ -535,37 +534,41 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     }
     ggml_cuda_pdl_sync();  // what is read from here on may be another kernel's output
 
-    // 1. The first tiles of this warp are on their way: every n_split * DECODE_WARPS-th is its own.
+    // 1. The first tile of this warp is on its way: every n_split * n_warps-th is its own.
     const int    kv_stream   = stream / p.n_stream_q_per_kv;
     const char * k_head      = p.k.data + kv_head * p.k.nb2 + kv_stream * p.k.nb3;
     const char * v_head      = p.v.data + kv_head * p.v.nb2 + kv_stream * p.v.nb3;
-    const int    n_tiles     = (p.n_kv + DECODE_TILE - 1) / DECODE_TILE;
-    const int    first_tile  = split * DECODE_WARPS + warp;
-    const int    step        = p.n_split * DECODE_WARPS;
-    const int    k_bytes     = DECODE_TILE * p.k.row + 16;
-    const int    stage_bytes = (int) kernel::stage_bytes(p.k.row, p.v.row);
-    uint8_t *    stages      = shared + kernel::HEAD_BYTES + warp * DECODE_STAGES * stage_bytes;
-    const auto   stage_k     = [&](int tile, uint8_t * at) {
+    const int    n_tiles     = (p.n_kv + TILE - 1) / TILE;
+    const int    first_tile  = split * n_warps + warp;
+    const int    step        = p.n_split * n_warps;
+    const int    k_bytes     = TILE * p.k.row + 16;
+    const int    warp_bytes  = (int) kernel::warp_bytes(p.k.row, p.v.row);
+    uint8_t *    k_stage     = shared + kernel::HEAD_BYTES + warp * warp_bytes;
+    uint8_t *    v_stage     = k_stage + k_bytes;
+    const auto   stage_k     = [&](int tile) {
         if (tile < n_tiles) {
-            kernel::template stage<typename kernel::k_codec>(p.k, k_head, tile * DECODE_TILE, p.n_kv, at, lane);
+            kernel::template stage<typename kernel::k_codec>(p.k, k_head, tile * TILE, p.n_kv, k_stage, lane);
         }
         copy_async_commit();  // an empty group, too: waiting counts groups
     };
-    const auto stage_v = [&](int tile, uint8_t * at) {
+    const auto stage_v = [&](int tile) {
         if (tile < n_tiles) {
-            kernel::template stage<typename kernel::v_codec>(p.v, v_head, tile * DECODE_TILE, p.n_kv, at + k_bytes, lane);
+            kernel::template stage<typename kernel::v_codec>(p.v, v_head, tile * TILE, p.n_kv, v_stage, lane);
         }
         copy_async_commit();
     };
-#pragma unroll
-    for (int i = 0; i < DECODE_STAGES; ++i) {
-        stage_k(first_tile + i * step, stages + i * stage_bytes);
-        stage_v(first_tile + i * step, stages + i * stage_bytes);
-    }
+    stage_k(first_tile);
+    stage_v(first_tile);
     __syncthreads();
 
     // 2. The query: permuted and split as K needs it.
-    kernel::load_queries(p, rows, (float *) (shared + kernel::Q_BYTES), q_operands, units, warp, lane);
+    for (int c = warp; c < COLUMNS; c += n_warps) {
+        float *     scratch = (float *) (shared + kernel::Q_BYTES) + c * D;
+        const float unit    = kernel::load_query(p, rows[c], scratch, q_operands, c, lane);
+        if (lane == 0) {
+            units[c] = unit;
+        }
+    }
     __syncthreads();
 
     const uint4 * q_shared = (const uint4 *) q_operands;
@@ -602,18 +605,16 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         sum[mt] = 0.0f;
     }
 
-    uint32_t seen[MT][4], seen_next[MT][4];
-    kernel::load_mask(p, mask, first_tile * DECODE_TILE, t, seen_next);
-    int slot = 0;
+    uint32_t seen[MT][J], seen_next[MT][J];
+    kernel::load_mask(p, mask, first_tile * TILE, t, seen_next);
     for (int tile = first_tile; tile < n_tiles; tile += step) {
-        const int first = tile * DECODE_TILE;
-        uint8_t * at    = stages + slot * stage_bytes;
+        const int first = tile * TILE;
 
         bool any = false, biased = false;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+            for (int j = 0; j < J; ++j) {
                 seen[mt][j] = seen_next[mt][j];
                 any         = any || seen[mt][j] != 0xfc00fc00;
                 biased      = biased || seen[mt][j] != 0;
@@ -621,18 +622,18 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         }
         any    = __any_sync(0xffffffff, any);
         biased = __any_sync(0xffffffff, biased);
-        kernel::load_mask(p, mask, first + step * DECODE_TILE, t, seen_next);
+        kernel::load_mask(p, mask, first + step * TILE, t, seen_next);
 
-        const uint8_t * k_rows = at + ((uintptr_t) (k_head + first * p.k.nb1) & 15);
-        const uint8_t * v_rows = at + k_bytes + ((uintptr_t) (v_head + first * p.v.nb1) & 15);
+        const uint8_t * k_rows = k_stage + ((uintptr_t) (k_head + first * p.k.nb1) & 15);
+        const uint8_t * v_rows = v_stage + ((uintptr_t) (v_head + first * p.v.nb1) & 15);
 
-        copy_async_wait<2 * DECODE_STAGES - 1>();
-        float s[MT][4][2];
+        copy_async_wait<1>();
+        float s[MT][J][2];
         if (any) {
             kernel::scores(p, k_rows, q, q_shared, lane, s);
         }
         __syncwarp();
-        stage_k(tile + DECODE_STAGES * step, at);
+        stage_k(tile + step);
 
         float weight[MT];
         if (any) {
@@ -643,7 +644,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
                 kernel::finish_scores(p, seen[mt], q_unit[mt], slope[mt], biased, s[mt]);
                 float most = -INFINITY;
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
+                for (int j = 0; j < J; ++j) {
                     most = fmaxf(most, fmaxf(s[mt][j][0], s[mt][j][1]));
                 }
                 most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
@@ -651,7 +652,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
                 const float base     = most == -INFINITY ? 0.0f : most;  // nothing to see: probabilities of 0
                 float       tile_sum = 0.0f;
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
+                for (int j = 0; j < J; ++j) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         s[mt][j][i] = exp2_approx(s[mt][j][i] - base);
@@ -679,55 +680,52 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
             }
         }
 
-        copy_async_wait<2 * DECODE_STAGES - 1>();
+        copy_async_wait<1>();
         if (any) {
             kernel::add_values(p, v_rows, s, weight, lane, o);
         }
         __syncwarp();
-        stage_v(tile + DECODE_STAGES * step, at);
-        slot = slot + 1 == DECODE_STAGES ? 0 : slot + 1;
+        stage_v(tile + step);
     }
     copy_async_wait<0>();
     ggml_cuda_pdl_lc();  // flash_attn_combine may be set up
 
     // 4. The warps of the block are merged.
     __syncthreads();
-    float *  merge_o    = (float *) (shared + kernel::HEAD_BYTES);
-    float2 * merge_meta = (float2 *) (merge_o + DECODE_WARPS * COLUMNS * D);
+    const auto merge_o    = [&](int w) { return (float *) (shared + kernel::HEAD_BYTES + w * warp_bytes); };
+    const auto merge_meta = [&](int w) { return (float2 *) (merge_o(w) + COLUMNS * D); };
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
         sum[mt] += __shfl_xor_sync(0xffffffff, sum[mt], 1);
         sum[mt] += __shfl_xor_sync(0xffffffff, sum[mt], 2);
         const int c = DECODE_COLUMNS * mt + g;
         if (t == 0) {
-            merge_meta[warp * COLUMNS + c] = make_float2(top[mt], sum[mt]);
+            merge_meta(warp)[c] = make_float2(top[mt], sum[mt]);
         }
         if (c < n_columns) {
 #pragma unroll
             for (int n = 0; n < kernel::V_TILES; ++n) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    merge_o[(warp * COLUMNS + c) * D + kernel::v_place(p, n, 2 * t + i)] = o[mt][n][i];
+                    merge_o(warp)[c * D + kernel::v_place(p, n, 2 * t + i)] = o[mt][n][i];
                 }
             }
         }
     }
     __syncthreads();
-    for (int i = thread; i < n_columns * D; i += 32 * DECODE_WARPS) {
+    for (int i = thread; i < n_columns * D; i += 32 * n_warps) {
         const int     c  = i / D;
         const int64_t at = (((int64_t) stream * p.n_head + places[c].y) * p.n_q + places[c].x) * p.n_split + split;
 
         float most = -INFINITY;
-#pragma unroll
-        for (int w = 0; w < DECODE_WARPS; ++w) {
-            most = fmaxf(most, merge_meta[w * COLUMNS + c].x);
+        for (int w = 0; w < n_warps; ++w) {
+            most = fmaxf(most, merge_meta(w)[c].x);
         }
         float value = 0.0f, total = 0.0f;
-#pragma unroll
-        for (int w = 0; w < DECODE_WARPS; ++w) {
-            const float2 m      = merge_meta[w * COLUMNS + c];
-            const float  weight = m.x == -INFINITY ? 0.0f : exp2_approx(m.x - most);
-            value += merge_o[(w * COLUMNS + c) * D + i % D] * weight;
+        for (int w = 0; w < n_warps; ++w) {
+            const float2 m      = merge_meta(w)[c];
+            const float  weight = m.x == -INFINITY && m.y == 0.0f ? 0.0f : exp2_approx(m.x - most);
+            value += merge_o(w)[i] * weight;
             total += m.y * weight;
         }
         p.partial[at * D + i % D] = value;
