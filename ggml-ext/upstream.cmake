@@ -124,6 +124,11 @@ set(GGML_RPC              ON  CACHE BOOL "Build rpc-server")
 set(BUILD_SHARED_LIBS     ON)
 
 if (TURBOKV_CUDA)
+    find_package(CUDAToolkit)
+    if (NOT CUDAToolkit_FOUND OR CUDAToolkit_VERSION VERSION_LESS 12.4)
+        message(FATAL_ERROR "turbokv: -DTURBOKV_CUDA=ON needs the CUDA toolkit 12.4 or newer, found: "
+                            "${CUDAToolkit_VERSION} ${CUDAToolkit_NVCC_EXECUTABLE} (-DCUDAToolkit_ROOT=DIR names another)")
+    endif()
     set(GGML_CUDA ON)
 elseif (GGML_CUDA)
     message(FATAL_ERROR "turbokv: -DGGML_CUDA=ON alone would build the CUDA backend without our kernels; "
@@ -131,8 +136,8 @@ elseif (GGML_CUDA)
 endif()
 foreach (backend BLAS CANN HEXAGON HIP METAL MUSA OPENCL OPENVINO SYCL VIRTGPU VULKAN WEBGPU ZDNN)
     if (GGML_${backend})
-        message(FATAL_ERROR "turbokv: the types have CPU kernels only, and llama.cpp would abort on another backend; "
-                            "configure with -DGGML_${backend}=OFF")
+        message(FATAL_ERROR "turbokv: the types have CPU and CUDA kernels only, and llama.cpp would abort on another "
+                            "backend; configure with -DGGML_${backend}=OFF")
     endif()
 endforeach()
 set(GGML_METAL OFF CACHE BOOL "No Metal kernels yet")
@@ -166,6 +171,9 @@ if (NOT MSVC)   # the same bits on every instruction set: no multiply-add where 
     set_source_files_properties(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-quants.c ${cpu_sources}
         TARGET_DIRECTORY ggml-base ${TURBOKV_CPU_LIBRARIES} PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 endif()
+if (TURBOKV_CUDA)
+    add_subdirectory(${PROJECT_SOURCE_DIR}/cuda ${CMAKE_BINARY_DIR}/cuda)
+endif()
 target_sources(llama     PRIVATE ${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cpp)
 set_source_files_properties(${PROJECT_SOURCE_DIR}/ggml-ext/turbokv-llama.cpp
     TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
@@ -175,6 +183,9 @@ set(TURBOKV_TOOLS llama-server llama-cli llama-bench llama-perplexity llama-quan
 set(TURBOKV_LIBRARIES
     ggml-base ${TURBOKV_CPU_LIBRARIES} ggml-rpc ggml llama llama-common mtmd
     llama-server-impl llama-cli-impl llama-bench-impl llama-perplexity-impl llama-quantize-impl)
+if (TURBOKV_CUDA)
+    list(APPEND TURBOKV_LIBRARIES ggml-cuda)
+endif()
 foreach (target ${TURBOKV_TOOLS} ${TURBOKV_LIBRARIES})
     if (NOT TARGET ${target})
         message(FATAL_ERROR "turbokv: ${TURBOKV_SOURCE} does not build ${target}: it is older or newer than the overlay "

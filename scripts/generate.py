@@ -94,25 +94,31 @@ def structs() -> str:
 
 
 def tables() -> str:
-    out = [BANNER, "\n#pragma once\n\n#include <stdint.h>\n"]
+    out = [
+        BANNER,
+        "\n#pragma once\n\n#include <stdint.h>\n",
+        "\n#ifndef TURBOKV_TABLE\n",
+        "#    define TURBOKV_TABLE static const  // cuda/codec.cuh puts the arrays into the device's memory\n",
+        "#endif\n",
+    ]
     for table in dict.fromkeys(t.table for t in TYPES):
         levels = ", ".join(f"{np.float32(level)!s}f" for level in table.levels)
         thresholds = ", ".join(repr(threshold) for threshold in map(float, table.thresholds))
         out.append(
             f"\n// Levels for N(0, 1) and the thresholds between them\n"
-            f"static const float  turbokv_{table.name}[{len(table.levels)}] = {{ {levels} }};\n"
-            f"static const double turbokv_{table.name}_thresholds[{len(table.thresholds)}] = {{ {thresholds} }};\n"
+            f"TURBOKV_TABLE float  turbokv_{table.name}[{len(table.levels)}] = {{ {levels} }};\n"
+            f"TURBOKV_TABLE double turbokv_{table.name}_thresholds[{len(table.thresholds)}] = {{ {thresholds} }};\n"
         )
         # Short tables repeat: any index of four bits gives a level.
         int8_levels = ", ".join(str(level) for level in table.int8_levels * (16 // len(table.levels)))
-        out.append(f"static const int8_t turbokv_{table.name}_int8[16] = {{ {int8_levels} }};\n")
+        out.append(f"TURBOKV_TABLE int8_t turbokv_{table.name}_int8[16] = {{ {int8_levels} }};\n")
     signs = ", ".join("-1" if SRHT_SIGNS[j // 32] >> (j % 32) & 1 else "1" for j in range(SRHT_SIZE))
     scale = f"{codec.SRHT_SCALE!s}f"
     out.append(
         f"\n// Of the rotation inside tbqN: what the values are multiplied with before the transform\n"
         f"#define TURBOKV_SRHT_SIZE  {SRHT_SIZE}\n"
         f"#define TURBOKV_SRHT_SCALE {scale} // 1 / sqrt({SRHT_SIZE})\n"
-        f"static const float turbokv_srht_signs[TURBOKV_SRHT_SIZE] = {{ {signs} }};\n"
+        f"TURBOKV_TABLE float turbokv_srht_signs[TURBOKV_SRHT_SIZE] = {{ {signs} }};\n"
     )
     return "".join(out)
 
@@ -264,6 +270,7 @@ def wanted() -> dict[str, bytes]:
         "turbokv-tables.h": tables(),
         "turbokv-codecs.inc": rows(codec_prototypes),
         "turbokv-codec-list.inc": rows(codec_list_row),
+        "turbokv-type-list.inc": rows(lambda t: f"TURBOKV_TYPE({enum_name(t)}, {t.name})\n"),
         "turbokv-cpu-codecs.inc": rows(cpu_codec_prototypes),
         "turbokv-int8-formats.inc": rows(int8_format),
         "turbokv-type-enum.inc": type_enum(),

@@ -91,10 +91,11 @@ def test_a_damaged_cached_release_is_not_used(tmp_path: Path) -> None:
     assert not archive.exists()
 
 
-def test_cuda_is_refused_until_it_exists(tmp_path: Path) -> None:
-    run = configure(tmp_path / "build", "-DTURBOKV_CUDA=ON")
+def test_cuda_without_its_toolkit_is_refused(tmp_path: Path, upstream: Path) -> None:
+    options = ("-DTURBOKV_CUDA=ON", "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON")
+    run = configure(tmp_path / "build", f"-DTURBOKV_LLAMA_SOURCE={upstream}", *options)
     assert run.returncode != 0
-    assert "there are no CUDA kernels yet" in run.stderr
+    assert "needs the CUDA toolkit 12.4 or newer" in run.stderr
 
 
 def test_every_cpu_variant_has_our_sources_and_is_installed(tmp_path: Path, upstream: Path) -> None:

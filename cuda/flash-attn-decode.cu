@@ -1,0 +1,330 @@
+// Host side of the attention for few queries, and the kernel that merges its parts.
+
+#include "flash-attn-decode.cuh"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstring>
+
+#include "common.cuh"
+#include "flash-attn-decode-instances.cuh"
+#include "flash-attn.cuh"
+#include "turbokv-tables.h"
+#include "turbokv-tile.h"
+
+#define COMBINE_THREADS 512
+
+// One block per row: a query token of a head. Rows [n_stream][n_head][n_q] as flash_attn_decode has written them, `dst`
+// as the operation wants it, [n_stream][n_q][n_head][D].
+template <int D>
+__launch_bounds__(COMBINE_THREADS)
+static __global__ void flash_attn_combine(const float * partial, const float2 * meta, const float * sinks, float * dst,
+                                          const int n_q, const int n_head, const int n_split, const bool rotated,
+                                          const uint4 srht_signs) {
+    constexpr int GROUPS = COMBINE_THREADS / D;
+    const int     row    = blockIdx.x;
+    const int     head   = row / n_q % n_head;
+    const int     value  = threadIdx.x % D;
+    const int     group  = threadIdx.x / D;  // takes every GROUPS-th split
+
+    partial += (int64_t) row * n_split * D;
+    meta += (int64_t) row * n_split;
+
+    const float sink = sinks ? sinks[head] * LOG2E : -INFINITY;
+    float       top  = sink;
+    for (int i = 0; i < n_split; ++i) {
+        top = fmaxf(top, meta[i].x);
+    }
+    float sum   = group == 0 && sinks ? exp2_approx(sink - top) : 0.0f;
+    float total = 0.0f;
+#pragma unroll 4
+    for (int i = group; i < n_split; i += GROUPS) {
+        const float2 m      = meta[i];
+        const float  weight = m.x == -INFINITY && m.y == 0.0f ? 0.0f : exp2_approx(m.x - top);
+        sum += m.y * weight;
+        total += partial[(int64_t) i * D + value] * weight;
+    }
+
+    __shared__ float  sums[GROUPS];
+    __shared__ float4 totals[COMBINE_THREADS / 4];
+    if (value == 0) {
+        sums[group] = sum;
+    }
+    ((float *) totals)[threadIdx.x] = total;
+    __syncthreads();
+    if (group != 0) {
+        return;
+    }
+#pragma unroll
+    for (int i = 1; i < GROUPS; ++i) {
+        total += ((float *) totals)[i * D + value];
+        sum += sums[i];
+    }
+    total = sum == 0.0f ? 0.0f : total / sum;  // a query that sees nothing: zeros, as on the CPU
+
+    if (rotated) {
+        if constexpr (D % 128 == 0) {
+            ((float *) totals)[value] = total;
+            __syncwarp();  // of a warp's own 32 values ..
+            asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");  // .. to those of its block of 128
+            if (value < D / 4) {
+                const int      lane     = value % 32;
+                const float4   t        = totals[value];
+                float          x[4]     = { t.x, t.y, t.z, t.w };
+                const uint32_t signs[4] = { srht_signs.x, srht_signs.y, srht_signs.z, srht_signs.w };
+                hadamard_128(x, lane);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    ((float *) totals)[4 * value + i] = x[i] * srht_sign(signs, 4 * lane + i);
+                }
+            }
+            asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
+            total = ((float *) totals)[value];
+        }
+    }
+    const int q      = row % n_q;
+    const int stream = row / n_q / n_head;
+    dst[(((int64_t) stream * n_q + q) * n_head + head) * D + value] = total;
+}
+
+// ---- which kernel, and what it needs
+
+struct operand_format {
+    kv_format           format;
+    const int8_format * table;  // of our types
+};
+
+static const int8_format * our_format(ggml_type type) {
+    switch ((int) type) {
+#include "turbokv-int8-formats.inc"
+        default:
+            return nullptr;
+    }
+}
+
+static bool find_format(ggml_type type, operand_format & f) {
+    f.table = our_format(type);
+    if (f.table) {
+        switch (f.table->packing) {
+            case PACKING_PLANE2:
+                f.format = KV_PLANE2;
+                return true;
+            case PACKING_PLANE21:
+                f.format = KV_PLANE21;
+                return true;
+            case PACKING_PLANE4:
+                f.format = KV_PLANE4;
+                return true;
+            case PACKING_STREAM3:
+                f.format = KV_STREAM3;
+                return true;
+            case PACKING_INT8:
+                break;
+        }
+        return false;
+    }
+    switch (type) {
+        case GGML_TYPE_Q8_0:
+            f.format = KV_Q8_0;
+            return true;
+        case GGML_TYPE_Q4_0:
+            f.format = KV_Q4_0;
+            return true;
+        case GGML_TYPE_F16:
+            f.format = KV_F16;
+            return true;
+        default:
+            return false;
+    }
+}
+
+static decode_launch find_kernel(kv_format k, kv_format v, int head_size, int column_tiles) {
+    switch (v) {
+        case KV_PLANE2:
+            return decode_kernel_v_plane2(k, head_size, column_tiles);
+        case KV_PLANE21:
+            return decode_kernel_v_plane21(k, head_size, column_tiles);
+        case KV_STREAM3:
+            return decode_kernel_v_stream3(k, head_size, column_tiles);
+        case KV_PLANE4:
+            return decode_kernel_v_plane4(k, head_size, column_tiles);
+        case KV_Q8_0:
+            return decode_kernel_v_q8_0(k, head_size, column_tiles);
+        case KV_Q4_0:
+            return decode_kernel_v_q4_0(k, head_size, column_tiles);
+        case KV_F16:
+            return decode_kernel_v_f16(k, head_size, column_tiles);
+    }
+    return { nullptr, nullptr };
+}
+
+// Bytes from row to row in shared memory. Where rows of the cache are aligned, an odd number of 16-byte pieces.
+static int shared_row(const ggml_tensor * x) {
+    const int pieces = kv_pieces(ggml_row_size(x->type, x->ne[0]));
+    return 16 * (pieces | 1) + x->nb[1] % 16;
+}
+
+struct decode_plan {
+    operand_format k, v;
+    decode_launch  launch;
+    size_t         shared_bytes;
+    int            n_columns, column_tiles, n_column_tiles, n_split, n_rows;
+    size_t         partial, meta, end;  // in bytes from dst->data
+};
+
+static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    const auto &        gpu = ggml_cuda_info().devices[device];
+
+    const int64_t head_size = k->ne[0];
+    if (!GGML_CUDA_CC_IS_NVIDIA(gpu.cc) || gpu.cc < GGML_CUDA_CC_TURING || v->ne[0] != head_size ||
+        q->ne[1] > TURBOKV_DECODE_MAX_QUERIES || !find_format(k->type, plan.k) || !find_format(v->type, plan.v)) {
+        return false;
+    }
+    const int block = head_size == 64 ? 64 : 128;
+    if ((plan.k.table && plan.k.table->block != block) || (plan.v.table && plan.v.table->block != block)) {
+        return false;
+    }
+    for (const ggml_tensor * x : { k, v }) {  // rows of a head are whole, and begin at even addresses
+        if (x->nb[0] != ggml_type_size(x->type) || x->nb[1] % 2 != 0 || x->nb[2] % 2 != 0 || x->nb[3] % 2 != 0 ||
+            x->ne[1] > INT_MAX / 2) {
+            return false;
+        }
+    }
+
+    const int64_t gqa = q->ne[2] / k->ne[2];
+    plan.n_columns    = gqa * q->ne[1];
+    const int most    = head_size == 256 ? 2 : 4;  // tiles at a time
+    for (plan.column_tiles = 1; plan.column_tiles < most && DECODE_COLUMNS * plan.column_tiles < plan.n_columns;) {
+        plan.column_tiles *= 2;
+    }
+    plan.n_column_tiles = (plan.n_columns + DECODE_COLUMNS * plan.column_tiles - 1) / (DECODE_COLUMNS * plan.column_tiles);
+    plan.launch         = find_kernel(plan.k.format, plan.v.format, head_size, plan.column_tiles);
+    if (!plan.launch.kernel) {
+        return false;
+    }
+    plan.shared_bytes = plan.launch.shared_bytes(shared_row(k), shared_row(v));
+    if (plan.shared_bytes > gpu.smpbo) {
+        return false;
+    }
+
+    // The keys are split so that all blocks run at once, and if there are more than fit, the last wave is well filled.
+    const int64_t by_registers = head_size * plan.column_tiles <= 128 ? 3 : 2;
+    const int64_t by_memory    = std::max<int64_t>(1, gpu.smpbo / (plan.shared_bytes + 1024));
+    const int64_t n_slots      = gpu.nsm * std::min(by_registers, by_memory);
+    const int64_t n_parts      = k->ne[2] * q->ne[3] * plan.n_column_tiles;
+    const int64_t n_tiles      = (k->ne[1] + DECODE_TILE - 1) / DECODE_TILE;
+    const int64_t most_splits  = std::min<int64_t>(std::max<int64_t>(1, (n_tiles + DECODE_WARPS - 1) / DECODE_WARPS), 1024);
+    plan.n_split               = std::min(std::max<int64_t>(1, n_slots / n_parts), most_splits);
+    if (n_parts > n_slots / 4) {
+        double best = 0.0;
+        for (int64_t n = 1; n <= std::min<int64_t>(most_splits, 4 * n_slots / n_parts + 1); ++n) {
+            const int64_t waves      = (n * n_parts + n_slots - 1) / n_slots;
+            const double  efficiency = (double) (n * n_parts) / (waves * n_slots);
+            if (efficiency > best + 0.02) {
+                best         = efficiency;
+                plan.n_split = n;
+            }
+        }
+    }
+
+    plan.n_rows  = q->ne[1] * q->ne[2] * q->ne[3];
+    plan.partial = GGML_PAD(ggml_nbytes(dst), 128);
+    plan.meta    = plan.partial + (size_t) plan.n_rows * plan.n_split * head_size * sizeof(float);
+    plan.end     = plan.meta + (size_t) plan.n_rows * plan.n_split * sizeof(float2);
+    return true;
+}
+
+size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst) {
+    decode_plan plan;
+    return make_plan(device, dst, plan) ? plan.end : 0;
+}
+
+static decode_operand make_operand(const ggml_tensor * x, const operand_format & f) {
+    decode_operand o = {};
+    o.data           = (const char *) x->data;
+    o.nb1            = x->nb[1];
+    o.nb2            = x->nb[2];
+    o.nb3            = x->nb[3];
+    o.row            = shared_row(x);
+    o.step           = 1.0f;
+    if (f.table) {
+        o.interleaved = f.table->interleaved;
+        o.rotated     = f.table->rotates;
+        o.step        = f.table->step;
+        memcpy(o.levels.bytes, f.table->level, sizeof(o.levels.bytes));
+    }
+    return o;
+}
+
+bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    decode_plan plan;
+    if (!make_plan(ctx.device, dst, plan)) {
+        return false;
+    }
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
+
+    decode_params p = {};
+    p.k             = make_operand(k, plan.k);
+    p.v             = make_operand(v, plan.v);
+    p.q             = (const char *) q->data;
+    p.q_nb1         = q->nb[1];
+    p.q_nb2         = q->nb[2];
+    p.q_nb3         = q->nb[3];
+    p.mask_ne2      = 1;
+    p.mask_ne3      = 1;
+    if (mask) {
+        p.mask       = (const char *) mask->data;
+        p.mask_nb1   = mask->nb[1];
+        p.mask_nb2   = mask->nb[2];
+        p.mask_nb3   = mask->nb[3];
+        p.mask_ne2   = mask->ne[2];
+        p.mask_ne3   = mask->ne[3];
+        p.mask_pairs = (mask->nb[1] | mask->nb[2] | mask->nb[3] | (uintptr_t) mask->data) % 4 == 0;
+    }
+    p.partial            = (float *) ((char *) dst->data + plan.partial);
+    p.meta               = (float2 *) ((char *) dst->data + plan.meta);
+    p.n_kv               = k->ne[1];
+    p.n_q                = q->ne[1];
+    p.n_head             = q->ne[2];
+    p.gqa                = q->ne[2] / k->ne[2];
+    p.n_stream_q_per_kv  = q->ne[3] / k->ne[3];
+    p.n_split            = plan.n_split;
+    p.n_column_tiles     = plan.n_column_tiles;
+    memcpy(&p.scale, (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&p.max_bias, (const float *) dst->op_params + 1, sizeof(float));
+    memcpy(&p.softcap, (const float *) dst->op_params + 2, sizeof(float));
+    if (p.softcap != 0.0f) {
+        p.scale /= p.softcap;
+    }
+    p.n_head_log2 = 1u << (uint32_t) floorf(log2f((float) p.n_head));
+    p.m0          = powf(2.0f, -p.max_bias / p.n_head_log2);
+    p.m1          = powf(2.0f, -p.max_bias / 2.0f / p.n_head_log2);
+    for (int i = 0; i < TURBOKV_SRHT_SIZE; ++i) {
+        p.srht_signs[i / 32] |= (turbokv_srht_signs[i] < 0 ? 1u : 0u) << (i % 32);
+    }
+
+    const cudaStream_t stream = ctx.stream();
+    const dim3         blocks(k->ne[2], plan.n_split, plan.n_column_tiles * q->ne[3]);
+    CUDA_CHECK(cudaFuncSetAttribute((const void *) plan.launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int) plan.shared_bytes));
+    plan.launch.kernel<<<blocks, dim3(32, DECODE_WARPS), plan.shared_bytes, stream>>>(p);
+    CUDA_CHECK(cudaGetLastError());
+
+    const uint4   signs       = { p.srht_signs[0], p.srht_signs[1], p.srht_signs[2], p.srht_signs[3] };
+    const float * sinks_data  = sinks ? (const float *) sinks->data : nullptr;
+    const auto    combine     = k->ne[0] == 64  ? flash_attn_combine<64> :
+                                k->ne[0] == 128 ? flash_attn_combine<128> :
+                                                  flash_attn_combine<256>;
+    combine<<<plan.n_rows, COMBINE_THREADS, 0, stream>>>(p.partial, p.meta, sinks_data, (float *) dst->data, p.n_q,
+                                                         p.n_head, p.n_split, p.v.rotated, signs);
+    CUDA_CHECK(cudaGetLastError());
+    return true;
+}

@@ -1,0 +1,86 @@
+// The instructions of the attention kernel, each with what older GPUs do instead.
+
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+// a[16][32] * b[32][8] + c[16][8], int8 -> int32. Lane 4g + t holds, four values of k to a register,
+//   a: {a[g][4t..], a[g+8][4t..], a[g][16+4t..], a[g+8][16+4t..]}   b: {b[4t..][g], b[16+4t..][g]}
+//   c: {c[g][2t], c[g][2t+1], c[g+8][2t], c[g+8][2t+1]}
+static __device__ __forceinline__ int4 mma_s8(const uint4 a, uint32_t b0, uint32_t b1, const int4 c) {
+    int4 d;
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c.x), "r"(c.y), "r"(c.z), "r"(c.w));
+#else
+    d                 = c;
+    const auto eights = [](int & d0, int & d1, uint32_t a, uint32_t b) {
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            : "+r"(d0), "+r"(d1)
+            : "r"(a), "r"(b));
+    };
+    eights(d.x, d.y, a.x, b0);
+    eights(d.x, d.y, a.z, b1);
+    eights(d.z, d.w, a.y, b0);
+    eights(d.z, d.w, a.w, b1);
+#endif
+    return d;
+}
+
+// a[16][16] * b[16][8] + c[16][8], fp16 -> float. Lane 4g + t holds, two values of k to a register,
+//   a: {a[g][2t..], a[g+8][2t..], a[g][8+2t..], a[g+8][8+2t..]}   b: {b[2t..][g], b[8+2t..][g]}   c: as above
+static __device__ __forceinline__ float4 mma_f16(const uint4 a, uint32_t b0, uint32_t b1, const float4 c) {
+    float4 d;
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=f"(d.x), "=f"(d.y), "=f"(d.z), "=f"(d.w)
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(c.x), "f"(c.y), "f"(c.z), "f"(c.w));
+#else
+    d                 = c;
+    const auto eights = [&](uint32_t a0, uint32_t a1, uint32_t b) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w)
+            : "r"(a0), "r"(a1), "r"(b));
+    };
+    eights(a.x, a.y, b0);
+    eights(a.z, a.w, b1);
+#endif
+    return d;
+}
+
+// 16 bytes, both sides aligned to 16, from global to shared memory, in the background where the GPU can.
+static __device__ __forceinline__ void copy_async_16(void * shared, const void * global) {
+#if __CUDA_ARCH__ >= 800
+    const uint32_t address = (uint32_t) __cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+#else
+    *(uint4 *) shared = *(const uint4 *) global;
+#endif
+}
+
+// Ends a group of copies of this thread.
+static __device__ __forceinline__ void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `pending` groups of this warp's threads are under way.
+template <int pending> static __device__ __forceinline__ void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+    __syncwarp();
+}
+
+// 2^x, relative error 2^-22.
+static __device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
