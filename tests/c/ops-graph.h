@@ -123,7 +123,7 @@ struct tally {
 
     void print() const {
         if (n_cases == 0) {
-            printf("%-22s not on this device\n", op);
+            printf("%-22s %s\n", op, n_absent == 0 ? "no case" : "not on this device");
             return;
         }
         const std::string absent = n_absent == 0 ? "" : format(" (%d more are not on this device)", n_absent);
