@@ -9,10 +9,11 @@ struct decode_params;
 
 struct decode_launch {
     void (*kernel)(const decode_params);
-    size_t (*shared_bytes)(int k_row, int v_row);
+    size_t head_bytes;                         // of shared memory, for a block,
+    size_t (*warp_bytes)(int k_row, int v_row);  // and for each of its warps
 };
 
-// The kernel for heads of `head_size` values, 8 * column_tiles columns at a time, or { NULL, NULL }.
+// The kernel for heads of `head_size` values, 8 * column_tiles columns at a time, or one without a kernel.
 #define DECODE_INSTANCES_OF(format) decode_launch decode_kernel_v_##format(kv_format k, int head_size, int column_tiles)
 
 DECODE_INSTANCES_OF(plane2);

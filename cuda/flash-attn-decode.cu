@@ -157,7 +157,7 @@ static decode_launch find_kernel(kv_format k, kv_format v, int head_size, int co
         case KV_F16:
             return decode_kernel_v_f16(k, head_size, column_tiles);
     }
-    return { nullptr, nullptr };
+    return { nullptr, 0, nullptr };
 }
 
 // Bytes from row to row in shared memory. Where rows of the cache are aligned, an odd number of 16-byte pieces.
@@ -170,7 +170,7 @@ struct decode_plan {
     operand_format k, v;
     decode_launch  launch;
     size_t         shared_bytes;
-    int            n_columns, column_tiles, n_column_tiles, n_split, n_rows;
+    int            n_columns, column_tiles, n_column_tiles, n_warps, n_split, n_rows;
     size_t         partial, meta, end;  // in bytes from dst->data
 };
 
@@ -207,24 +207,26 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     if (!plan.launch.kernel) {
         return false;
     }
-    plan.shared_bytes = plan.launch.shared_bytes(shared_row(k), shared_row(v));
-    if (plan.shared_bytes > gpu.smpbo) {
+    const size_t per_warp = plan.launch.warp_bytes(shared_row(k), shared_row(v));
+    const size_t static_bytes = 2048;
+    plan.n_warps = std::min<int64_t>(decode_max_warps(head_size, plan.column_tiles),
+                                     ((int64_t) gpu.smpbo - plan.launch.head_bytes - static_bytes) / (int64_t) per_warp);
+    if (plan.n_warps < 1) {
         return false;
     }
+    plan.shared_bytes = plan.launch.head_bytes + plan.n_warps * per_warp;
 
-    // The keys are split so that all blocks run at once, and if there are more than fit, the last wave is well filled.
-    const int64_t by_registers = decode_blocks_per_sm(head_size, plan.column_tiles);
-    const int64_t by_memory    = std::max<int64_t>(1, gpu.smpbo / (plan.shared_bytes + 1024));
-    const int64_t n_slots      = gpu.nsm * std::min(by_registers, by_memory);
-    const int64_t n_parts      = k->ne[2] * q->ne[3] * plan.n_column_tiles;
-    const int64_t n_tiles      = (k->ne[1] + DECODE_TILE - 1) / DECODE_TILE;
-    const int64_t most_splits  = std::min<int64_t>(std::max<int64_t>(1, (n_tiles + DECODE_WARPS - 1) / DECODE_WARPS), 1024);
-    plan.n_split               = std::min(std::max<int64_t>(1, n_slots / n_parts), most_splits);
-    if (n_parts > n_slots / 4) {
+    // The keys are split so that all blocks run at once; if there are more than fit, the last wave is well filled.
+    const int64_t n_parts     = k->ne[2] * q->ne[3] * plan.n_column_tiles;
+    const int64_t tile        = decode_tile(head_size, plan.column_tiles);
+    const int64_t n_tiles     = (k->ne[1] + tile - 1) / tile;
+    const int64_t most_splits = std::max<int64_t>(1, std::min<int64_t>((n_tiles + plan.n_warps - 1) / plan.n_warps, 1024));
+    plan.n_split              = std::min(std::max<int64_t>(1, gpu.nsm / n_parts), most_splits);
+    if (n_parts > gpu.nsm / 8) {
         double best = 0.0;
-        for (int64_t n = 1; n <= std::min<int64_t>(most_splits, 4 * n_slots / n_parts + 1); ++n) {
-            const int64_t waves      = (n * n_parts + n_slots - 1) / n_slots;
-            const double  efficiency = (double) (n * n_parts) / (waves * n_slots);
+        for (int64_t n = 1; n <= std::min<int64_t>(most_splits, 4 * gpu.nsm / n_parts + 1); ++n) {
+            const int64_t waves      = (n * n_parts + gpu.nsm - 1) / gpu.nsm;
+            const double  efficiency = (double) (n * n_parts) / (waves * gpu.nsm);
             if (efficiency > best + 0.02) {
                 best         = efficiency;
                 plan.n_split = n;
@@ -316,7 +318,7 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const dim3         blocks(k->ne[2], plan.n_split, plan.n_column_tiles * q->ne[3]);
     CUDA_CHECK(cudaFuncSetAttribute((const void *) plan.launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int) plan.shared_bytes));
-    ggml_cuda_kernel_launch(plan.launch.kernel, { blocks, dim3(32, DECODE_WARPS), plan.shared_bytes, stream }, p);
+    ggml_cuda_kernel_launch(plan.launch.kernel, { blocks, dim3(32, plan.n_warps), plan.shared_bytes, stream }, p);
 
     const uint4   signs       = { p.srht_signs[0], p.srht_signs[1], p.srht_signs[2], p.srht_signs[3] };
     const float * sinks_data  = sinks ? (const float *) sinks->data : nullptr;
