@@ -456,7 +456,7 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
             const char * from = tile - offset + row * x.nb1 + 16 * piece;
             uint8_t *    to   = rows + row * x.row + 16 * piece;
 #pragma unroll
-            for (int j = 0; j < LANES; ++j, from += ROWS * x.nb1, to += ROWS * x.row) {
+            for (int j = 0; j < TILE; j += ROWS, from += ROWS * x.nb1, to += ROWS * x.row) {
 #pragma unroll
                 for (int i = 0; i < PIECES; i += LANES) {
                     if (16 * (piece + i) < offset + BYTES) {
