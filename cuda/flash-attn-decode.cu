@@ -298,6 +298,7 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     p.n_q                = q->ne[1];
     p.n_head             = q->ne[2];
     p.gqa                = q->ne[2] / k->ne[2];
+    p.gqa_inverse        = ((1u << 22) + p.gqa - 1) / p.gqa;
     p.n_stream_q_per_kv  = q->ne[3] / k->ne[3];
     p.n_split            = plan.n_split;
     p.n_column_tiles     = plan.n_column_tiles;

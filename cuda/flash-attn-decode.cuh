@@ -61,7 +61,8 @@ struct decode_params {
     float *  partial;  // [n_stream][n_head][n_q][n_split][head size]: not normalized
     float2 * meta;     // [n_stream][n_head][n_q][n_split]: greatest score, sum; scores in units of log 2
 
-    int n_kv, n_q, n_head, gqa, n_stream_q_per_kv, n_split, n_column_tiles;
+    int      n_kv, n_q, n_head, gqa, n_stream_q_per_kv, n_split, n_column_tiles;
+    uint32_t gqa_inverse;  // 2^22 / gqa, rounded up
 
     float    scale;    // of q * k; with a softcap divided by it
     float    softcap;  // 0: none
@@ -142,37 +143,41 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
 
     // ---- the query
 
-    // Column c, of which q is the query, or NULL: rotated as K is, put among the operands. Returns what a product of the
-    // operand is worth.
-    static __device__ float load_query(const decode_params & p, const float * q, float * scratch, uint32_t * operands,
-                                       int c, int lane) {
-        constexpr int BLOCK    = D < 128 ? D : 128;
-        constexpr int PER_LANE = BLOCK / 32;
-        float         x[D / BLOCK][PER_LANE];
-        uint32_t      top = 0;  // as unsigned numbers, infinity and NaN are above all finite floats
+    static constexpr int Q_BLOCK  = D < 128 ? D : 128;  // what is rotated as one,
+    static constexpr int PER_LANE = Q_BLOCK / 32;       // of which a lane has so many neighbours
+
+    static __device__ __forceinline__ void fetch_query(const float * q, float (&x)[D / 32], int lane) {
 #pragma unroll
-        for (int j = 0; j < D / BLOCK; ++j) {
-#pragma unroll
-            for (int l = 0; l < PER_LANE; ++l) {
-                x[j][l] = q ? q[BLOCK * j + PER_LANE * lane + l] : 0.0f;
-            }
+        for (int i = 0; i < D / 32; ++i) {
+            x[i] = q ? q[Q_BLOCK * (i / PER_LANE) + PER_LANE * lane + i % PER_LANE] : 0.0f;
         }
+    }
+
+    // The query of column c: rotated as K is, put among the operands. Returns what a product of the operand is worth.
+    static __device__ __forceinline__ float load_query(const decode_params & p, float (&x)[D / 32], float * scratch,
+                                                       uint32_t * operands, int c, int lane) {
+        if constexpr (Q_BLOCK == 128) {
+            if (p.k.rotated) {
 #pragma unroll
-        for (int j = 0; j < D / BLOCK; ++j) {
-            if constexpr (BLOCK == 128) {
-                if (p.k.rotated) {
+                for (int block = 0; block < D / 128; ++block) {
+                    float y[4];
 #pragma unroll
-                    for (int l = 0; l < PER_LANE; ++l) {
-                        x[j][l] *= srht_sign(p.srht_signs, PER_LANE * lane + l);
+                    for (int i = 0; i < 4; ++i) {
+                        y[i] = x[4 * block + i] * srht_sign(p.srht_signs, 4 * lane + i);
                     }
-                    hadamard_128(x[j], lane);
+                    hadamard_128(y, lane);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        x[4 * block + i] = y[i];
+                    }
                 }
             }
+        }
+        uint32_t top = 0;  // as unsigned numbers, infinity and NaN are above all finite floats
 #pragma unroll
-            for (int l = 0; l < PER_LANE; ++l) {
-                scratch[BLOCK * j + PER_LANE * lane + l] = x[j][l];
-                top = max(top, __float_as_uint(x[j][l]) & 0x7fffffff);
-            }
+        for (int i = 0; i < D / 32; ++i) {
+            scratch[Q_BLOCK * (i / PER_LANE) + PER_LANE * lane + i % PER_LANE] = x[i];
+            top = max(top, __float_as_uint(x[i]) & 0x7fffffff);
         }
 #pragma unroll
         for (int distance = 16; distance > 0; distance /= 2) {
@@ -269,27 +274,38 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
         return Q_IN_REGISTERS ? q[i] : q_shared[i * 32 + lane];
     }
 
-    // Products -> scores in units of log 2, of one column: scaled, capped, with the mask.
-    static __device__ __forceinline__ void finish_scores(const decode_params & p, const uint32_t (&seen)[J],
-                                                         float q_unit, float slope, bool biased, float (&s)[J][2]) {
+    // Products -> scores in units of log 2: scaled and capped.
+    static __device__ __forceinline__ void scale_scores(const decode_params & p, const float (&q_unit)[MT],
+                                                        float (&s)[MT][J][2]) {
 #pragma unroll
-        for (int j = 0; j < J; ++j) {
-            s[j][0] *= q_unit;
-            s[j][1] *= q_unit;
+        for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+            for (int j = 0; j < J; ++j) {
+                s[mt][j][0] *= q_unit[mt];
+                s[mt][j][1] *= q_unit[mt];
+            }
         }
         if (p.softcap != 0.0f) {
 #pragma unroll
-            for (int j = 0; j < J; ++j) {
-                s[j][0] = p.softcap * LOG2E * tanhf(s[j][0]);
-                s[j][1] = p.softcap * LOG2E * tanhf(s[j][1]);
+            for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+                for (int j = 0; j < J; ++j) {
+                    s[mt][j][0] = p.softcap * LOG2E * tanhf(s[mt][j][0]);
+                    s[mt][j][1] = p.softcap * LOG2E * tanhf(s[mt][j][1]);
+                }
             }
         }
-        if (biased) {
+    }
+
+    static __device__ __forceinline__ void add_mask(const uint32_t (&seen)[MT][J], const float (&slope)[MT],
+                                                    float (&s)[MT][J][2]) {
 #pragma unroll
-            for (int j = 0; j < J; ++j) {  // whatever a hidden key scores
-                const float2 bias = __half22float2(*(const half2 *) &seen[j]);
-                s[j][0]           = bias.x == -INFINITY ? -INFINITY : s[j][0] + slope * bias.x;
-                s[j][1]           = bias.y == -INFINITY ? -INFINITY : s[j][1] + slope * bias.y;
+        for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+            for (int j = 0; j < J; ++j) {  // -infinity whatever a hidden key scores
+                const float2 bias = __half22float2(*(const half2 *) &seen[mt][j]);
+                s[mt][j][0]       = bias.x == -INFINITY ? -INFINITY : s[mt][j][0] + slope[mt] * bias.x;
+                s[mt][j][1]       = bias.y == -INFINITY ? -INFINITY : s[mt][j][1] + slope[mt] * bias.y;
             }
         }
     }
@@ -475,7 +491,7 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_kernel {
         }
     }
 
-    // The mask's values for keys 8j + 2t and the next of a tile, as two fp16 each.
+    // The mask's values for keys 8j + 2t and the next of a tile, as two fp16 each; hidden where there is no key.
     static __device__ __forceinline__ void load_mask(const decode_params & p, const half * const (&mask)[MT], int first,
                                                      int t, uint32_t (&x)[MT][J]) {
         constexpr uint32_t HIDDEN = 0xfc00;  // -infinity
@@ -519,19 +535,14 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     extern __shared__ __align__(16) uint8_t shared[];
     uint32_t * q_operands = (uint32_t *) shared;
 
-    __shared__ float         units[COLUMNS];
-    __shared__ const float * rows[COLUMNS];   // of the query
-    __shared__ int2          places[COLUMNS];  // query token, head; behind the last column, those of the last
-    const int                thread = warp * 32 + lane;
-    if (thread < COLUMNS) {
-        const int column = first_column + min(thread, n_columns - 1);
-        const int token  = column / p.gqa;
-        const int head   = kv_head * p.gqa + column % p.gqa;
-        places[thread]   = make_int2(token, head);
-        rows[thread]     = thread < n_columns ?
-                               (const float *) (p.q + token * p.q_nb1 + head * p.q_nb2 + stream * p.q_nb3) :
-                               nullptr;
-    }
+    __shared__ float units[COLUMNS];
+
+    // Query token and head of column c of the block; behind the last column, those of the last.
+    const auto place_of = [&](int c) {
+        const int column = first_column + min(c, n_columns - 1);
+        const int token  = ((uint32_t) column * p.gqa_inverse) >> 22;
+        return make_int2(token, kv_head * p.gqa + column - token * p.gqa);
+    };
     ggml_cuda_pdl_sync();  // what is read from here on may be another kernel's output
 
     // 1. The first tile of this warp is on its way: every n_split * n_warps-th is its own.
@@ -557,14 +568,22 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         }
         copy_async_commit();
     };
+    const auto query = [&](int c) {
+        const int2 place = place_of(c);
+        return c < n_columns ? (const float *) (p.q + place.x * p.q_nb1 + place.y * p.q_nb2 + stream * p.q_nb3) : nullptr;
+    };
+    float x[D / 32];  // of the query of column `warp`: under way before the tile is
+    kernel::fetch_query(query(warp), x, lane);
     stage_k(first_tile);
     stage_v(first_tile);
-    __syncthreads();
 
     // 2. The query: permuted and split as K needs it.
     for (int c = warp; c < COLUMNS; c += n_warps) {
+        if (c != warp) {
+            kernel::fetch_query(query(c), x, lane);
+        }
         float *     scratch = (float *) (shared + kernel::Q_BYTES) + c * D;
-        const float unit    = kernel::load_query(p, rows[c], scratch, q_operands, c, lane);
+        const float unit    = kernel::load_query(p, x, scratch, q_operands, c, lane);
         if (lane == 0) {
             units[c] = unit;
         }
@@ -585,7 +604,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) {
         const int  c     = DECODE_COLUMNS * mt + g;
-        const int2 place = places[c];
+        const int2 place = place_of(c);
         q_unit[mt]       = units[c] * p.scale * p.k.step * (p.softcap == 0.0f ? LOG2E : 1.0f);
         slope[mt]        = LOG2E;
         if (p.max_bias > 0.0f) {
@@ -605,34 +624,50 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         sum[mt] = 0.0f;
     }
 
-    uint32_t seen[MT][J], seen_next[MT][J];
-    kernel::load_mask(p, mask, first_tile * TILE, t, seen_next);
-    for (int tile = first_tile; tile < n_tiles; tile += step) {
-        const int first = tile * TILE;
-
-        bool any = false, biased = false;
+    // Whether any column sees any key of the tile, and whether the mask says more than that all are seen. Known a tile
+    // ahead, from loads that are under way while K is scored.
+    bool any, biased, any_next, biased_next;
+    const auto look = [&](const uint32_t (&seen)[MT][J]) {
+        any_next = biased_next = false;
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
             for (int j = 0; j < J; ++j) {
-                seen[mt][j] = seen_next[mt][j];
-                any         = any || seen[mt][j] != 0xfc00fc00;
-                biased      = biased || seen[mt][j] != 0;
+                any_next    = any_next || seen[mt][j] != 0xfc00fc00;
+                biased_next = biased_next || seen[mt][j] != 0;
             }
         }
-        any    = __any_sync(0xffffffff, any);
-        biased = __any_sync(0xffffffff, biased);
-        kernel::load_mask(p, mask, first + step * TILE, t, seen_next);
+        any_next    = __any_sync(0xffffffff, any_next);
+        biased_next = __any_sync(0xffffffff, biased_next);
+    };
+    {
+        uint32_t seen[MT][J];
+        kernel::load_mask(p, mask, first_tile * TILE, t, seen);
+        look(seen);
+    }
+    for (int tile = first_tile; tile < n_tiles; tile += step) {
+        const int first = tile * TILE;
+
+        any    = any_next;
+        biased = biased_next;
 
         const uint8_t * k_rows = k_stage + ((uintptr_t) (k_head + first * p.k.nb1) & 15);
         const uint8_t * v_rows = v_stage + ((uintptr_t) (v_head + first * p.v.nb1) & 15);
 
         copy_async_wait<1>();
         float s[MT][J][2];
+        uint32_t seen_next[MT][J];
+        kernel::load_mask(p, mask, first + step * TILE, t, seen_next);
         if (any) {
             kernel::scores(p, k_rows, q, q_shared, lane, s);
+            kernel::scale_scores(p, q_unit, s);
+            if (biased) {
+                uint32_t seen[MT][J];
+                kernel::load_mask(p, mask, first, t, seen);
+                kernel::add_mask(seen, slope, s);
+            }
         }
-        __syncwarp();
+        look(seen_next);
         stage_k(tile + step);
 
         float weight[MT];
@@ -641,7 +676,6 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
             float factor[MT];
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
-                kernel::finish_scores(p, seen[mt], q_unit[mt], slope[mt], biased, s[mt]);
                 float most = -INFINITY;
 #pragma unroll
                 for (int j = 0; j < J; ++j) {
@@ -713,9 +747,10 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         }
     }
     __syncthreads();
-    for (int i = thread; i < n_columns * D; i += 32 * n_warps) {
-        const int     c  = i / D;
-        const int64_t at = (((int64_t) stream * p.n_head + places[c].y) * p.n_q + places[c].x) * p.n_split + split;
+    for (int i = warp * 32 + lane; i < n_columns * D; i += 32 * n_warps) {
+        const int     c     = i / D;
+        const int2    place = place_of(c);
+        const int64_t at    = (((int64_t) stream * p.n_head + place.y) * p.n_q + place.x) * p.n_split + split;
 
         float most = -INFINITY;
         for (int w = 0; w < n_warps; ++w) {

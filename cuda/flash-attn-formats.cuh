@@ -100,7 +100,10 @@ template <kv_format format, int B> struct table_codec {
         if constexpr (format == KV_PLANE2) {
             return { load_u32(block + 4 * (g % (B / 16))), 0 };
         } else if constexpr (format == KV_PLANE21) {
-            return { load_u32(block + 4 * (g % (B / 16))), load_u32(block + B / 4 + 4 * (g % (B / 32))) };
+            // Of the 1-bit plane the upper half of the words uses the odd bits.
+            const uint32_t odd = B == 128 ? g >> 2 : (g >> 1) & 1;
+            return { load_u32(block + 4 * (g % (B / 16))),
+                     (load_u32(block + B / 4 + 4 * (g % (B / 32))) >> odd) & 0x55555555 };
         } else if constexpr (format == KV_STREAM3) {
             return { load_u32(block + 6 * g), load_u16(block + 6 * g + 4) };
         } else if constexpr (B == 128) {
@@ -120,14 +123,12 @@ template <kv_format format, int B> struct table_codec {
             x          = (x & 0x003f003f) | (x & 0x0fc00fc0) << 2;
             return (x & 0x07070707) | (x & 0x38383838) << 1;
         } else {
-            // Fields w' and w' + 2 of the 2-bit plane. Of the 1-bit plane the upper half of the words uses the odd bits.
-            const int      field = B == 128 ? w : g >> 2;
-            const uint32_t x     = (r.low >> 2 * field) & 0x33333333;
+            // Fields w' and w' + 2 of the 2-bit plane; r.high has their third bits at distances of 2.
+            const int field = B == 128 ? w : g >> 2;
             if constexpr (format == KV_PLANE2) {
-                return x;
+                return (r.low >> 2 * field) & 0x33333333;
             } else {
-                const uint32_t odd = B == 128 ? g >> 2 : (g >> 1) & 1;
-                return x | (((r.high >> odd) >> 2 * field) << 2 & 0x44444444);
+                return select_bits(0x33333333, r.low >> 2 * field, r.high >> 2 * field << 2);
             }
         }
     }
