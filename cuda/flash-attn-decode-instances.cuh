@@ -9,8 +9,7 @@ struct decode_params;
 
 struct decode_launch {
     void (*kernel)(const decode_params);
-    size_t head_bytes;                         // of shared memory, for a block,
-    size_t (*warp_bytes)(int k_row, int v_row);  // and for each of its warps
+    int (*shared_bytes)(int n_heads, int n_groups, int n_stage, int k_row, int v_row);
 };
 
 // The kernel for heads of `head_size` values, 8 * column_tiles columns at a time, or one without a kernel.

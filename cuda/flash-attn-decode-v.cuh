@@ -12,10 +12,9 @@ template <int D, int MT, kv_format KF, kv_format VF> static decode_launch decode
     constexpr bool exists = (kv_format_is_ours(KF) || kv_format_is_ours(VF)) &&
                             (D != 64 || (KF != KV_STREAM3 && VF != KV_STREAM3));
     if constexpr (exists) {
-        using kernel = decode_kernel<D, MT, KF, VF>;
-        return { flash_attn_decode<D, MT, KF, VF>, kernel::HEAD_BYTES, kernel::warp_bytes };
+        return { flash_attn_decode<D, MT, KF, VF>, decode_shared<decode_tile<D, MT, KF, VF>>::all };
     } else {
-        return { nullptr, 0, nullptr };
+        return { nullptr, nullptr };
     }
 }
 
@@ -36,7 +35,7 @@ template <int D, int MT, kv_format VF> static decode_launch decode_launch_by_k(k
         case KV_F16:
             return decode_launch_of<D, MT, KV_F16, VF>();
     }
-    return { nullptr, 0, nullptr };
+    return { nullptr, nullptr };
 }
 
 // As many accumulators as registers hold: 32 columns of 64 or 128 values, 16 of 256.
@@ -59,5 +58,5 @@ template <kv_format VF> static decode_launch decode_launch_for(kv_format k, int 
         case 256 * 8 + 2:
             return decode_launch_by_k<256, 2, VF>(k);
     }
-    return { nullptr, 0, nullptr };
+    return { nullptr, nullptr };
 }

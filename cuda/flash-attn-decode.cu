@@ -157,22 +157,52 @@ static decode_launch find_kernel(kv_format k, kv_format v, int head_size, int co
         case KV_F16:
             return decode_kernel_v_f16(k, head_size, column_tiles);
     }
-    return { nullptr, 0, nullptr };
+    return { nullptr, nullptr };
 }
 
-// Bytes from row to row in shared memory. Where rows of the cache are aligned, an odd number of 16-byte pieces.
-static int shared_row(const ggml_tensor * x) {
-    const int pieces = kv_pieces(ggml_row_size(x->type, x->ne[0]));
-    return 16 * (pieces | 1) + x->nb[1] % 16;
-}
+// What a block stages of rows of x: the part of n_heads heads. Rows begin at even addresses.
+struct row_plan {
+    int slice, pieces, row;
+
+    row_plan(const ggml_tensor * x, int n_heads) {
+        slice  = n_heads == 1 ? ggml_row_size(x->type, x->ne[0]) : n_heads * x->nb[2];
+        pieces = (14 + slice + 15) / 16;
+        row    = 16 * (pieces | 1) + x->nb[1] % 16;
+    }
+};
 
 struct decode_plan {
     operand_format k, v;
     decode_launch  launch;
+    int            n_columns, column_tiles, n_column_tiles, n_heads, n_groups, n_stage, n_split, n_rows;
     size_t         shared_bytes;
-    int            n_columns, column_tiles, n_column_tiles, n_warps, n_split, n_rows;
     size_t         partial, meta, end;  // in bytes from dst->data
 };
+
+// As many warps as possible, of as many KV heads as possible, with as many stages as fit into shared memory.
+static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int max_warps, size_t memory, decode_plan & plan) {
+    const int64_t head_bytes[] = { (int64_t) ggml_row_size(k->type, k->ne[0]), (int64_t) ggml_row_size(v->type, v->ne[0]) };
+    for (int warps = max_warps; warps >= 1; warps /= 2) {
+        for (int heads = std::min<int64_t>(warps, k->ne[2]); heads >= 1; --heads) {
+            if (k->ne[2] % heads != 0 ||
+                (heads > 1 && ((int64_t) k->nb[2] != head_bytes[0] || (int64_t) v->nb[2] != head_bytes[1]))) {
+                continue;
+            }
+            const int k_row = row_plan(k, heads).row, v_row = row_plan(v, heads).row;
+            for (int stages = 4; stages >= 2; --stages) {
+                const size_t bytes = plan.launch.shared_bytes(heads, warps / heads, stages, k_row, v_row);
+                if (bytes <= memory) {
+                    plan.n_heads      = heads;
+                    plan.n_groups     = warps / heads;
+                    plan.n_stage      = stages;
+                    plan.shared_bytes = bytes;
+                    return true;
+                }
+            }
+        }
+    }
+    return false;
+}
 
 static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     const ggml_tensor * q = dst->src[0];
@@ -207,20 +237,14 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     if (!plan.launch.kernel) {
         return false;
     }
-    const size_t per_warp = plan.launch.warp_bytes(shared_row(k), shared_row(v));
-    const size_t static_bytes = 2048;
-    plan.n_warps = std::min<int64_t>(decode_max_warps(head_size, plan.column_tiles),
-                                     ((int64_t) gpu.smpbo - plan.launch.head_bytes - static_bytes) / (int64_t) per_warp);
-    if (plan.n_warps < 1) {
+    if (!fit_block(k, v, decode_max_warps(head_size, plan.column_tiles), gpu.smpbo, plan)) {
         return false;
     }
-    plan.shared_bytes = plan.launch.head_bytes + plan.n_warps * per_warp;
 
     // The keys are split so that all blocks run at once; if there are more than fit, the last wave is well filled.
-    const int64_t n_parts     = k->ne[2] * q->ne[3] * plan.n_column_tiles;
-    const int64_t tile        = decode_tile(head_size, plan.column_tiles);
-    const int64_t n_tiles     = (k->ne[1] + tile - 1) / tile;
-    const int64_t most_splits = std::max<int64_t>(1, std::min<int64_t>((n_tiles + plan.n_warps - 1) / plan.n_warps, 1024));
+    const int64_t n_parts     = k->ne[2] / plan.n_heads * q->ne[3] * plan.n_column_tiles;
+    const int64_t n_tiles     = (k->ne[1] + DECODE_TILE - 1) / DECODE_TILE;
+    const int64_t most_splits = std::max<int64_t>(1, (n_tiles + plan.n_groups - 1) / plan.n_groups);
     plan.n_split              = std::min(std::max<int64_t>(1, gpu.nsm / n_parts), most_splits);
     if (n_parts > gpu.nsm / 8) {
         double best = 0.0;
@@ -246,13 +270,18 @@ size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst) {
     return make_plan(device, dst, plan) ? plan.end : 0;
 }
 
-static decode_operand make_operand(const ggml_tensor * x, const operand_format & f) {
+static decode_operand make_operand(const ggml_tensor * x, const operand_format & f, int n_heads) {
+    const row_plan rows(x, n_heads);
     decode_operand o = {};
     o.data           = (const char *) x->data;
     o.nb1            = x->nb[1];
     o.nb2            = x->nb[2];
     o.nb3            = x->nb[3];
-    o.row            = shared_row(x);
+    o.row            = rows.row;
+    o.slice          = rows.slice;
+    while (o.lanes_log2 < 5 && 1 << o.lanes_log2 < rows.pieces) {
+        o.lanes_log2++;
+    }
     o.step           = 1.0f;
     if (f.table) {
         o.interleaved = f.table->interleaved;
@@ -275,8 +304,8 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * sinks = dst->src[4];
 
     decode_params p = {};
-    p.k             = make_operand(k, plan.k);
-    p.v             = make_operand(v, plan.v);
+    p.k             = make_operand(k, plan.k, plan.n_heads);
+    p.v             = make_operand(v, plan.v, plan.n_heads);
     p.q             = (const char *) q->data;
     p.q_nb1         = q->nb[1];
     p.q_nb2         = q->nb[2];
@@ -300,6 +329,8 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     p.gqa                = q->ne[2] / k->ne[2];
     p.gqa_inverse        = ((1u << 22) + p.gqa - 1) / p.gqa;
     p.n_stream_q_per_kv  = q->ne[3] / k->ne[3];
+    p.n_head_block       = plan.n_heads;
+    p.n_stage            = plan.n_stage;
     p.n_split            = plan.n_split;
     p.n_column_tiles     = plan.n_column_tiles;
     memcpy(&p.scale, (const float *) dst->op_params + 0, sizeof(float));
@@ -316,10 +347,10 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
 
     const cudaStream_t stream = ctx.stream();
-    const dim3         blocks(k->ne[2], plan.n_split, plan.n_column_tiles * q->ne[3]);
+    const dim3         blocks(k->ne[2] / plan.n_heads, plan.n_split, plan.n_column_tiles * q->ne[3]);
     CUDA_CHECK(cudaFuncSetAttribute((const void *) plan.launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int) plan.shared_bytes));
-    ggml_cuda_kernel_launch(plan.launch.kernel, { blocks, dim3(32, plan.n_warps), plan.shared_bytes, stream }, p);
+    ggml_cuda_kernel_launch(plan.launch.kernel, { blocks, dim3(32, plan.n_heads * plan.n_groups), plan.shared_bytes, stream }, p);
 
     const uint4   signs       = { p.srht_signs[0], p.srht_signs[1], p.srht_signs[2], p.srht_signs[3] };
     const float * sinks_data  = sinks ? (const float *) sinks->data : nullptr;
