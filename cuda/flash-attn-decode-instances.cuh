@@ -12,7 +12,7 @@ struct decode_launch {
     int (*shared_bytes)(int n_heads, int n_groups, int n_stage, int k_row, int v_row);
 };
 
-// The kernel for heads of `head_size` values, 8 * column_tiles columns at a time, or one without a kernel.
+// The kernel for heads of `head_size` values, 4 * column_tiles columns at a time, or one without a kernel.
 #define DECODE_INSTANCES_OF(format) decode_launch decode_kernel_v_##format(kv_format k, int head_size, int column_tiles)
 
 DECODE_INSTANCES_OF(plane2);

@@ -162,12 +162,15 @@ static decode_launch find_kernel(kv_format k, kv_format v, int head_size, int co
 
 // What a block stages of rows of x: the part of n_heads heads. Rows begin at even addresses.
 struct row_plan {
-    int slice, pieces, row;
+    int  slice, pieces, row;
+    bool aligned;  // to 16 bytes, wherever the tensor begins
 
-    row_plan(const ggml_tensor * x, int n_heads) {
+    row_plan(const ggml_tensor * x, int n_heads, bool is_k) {
         slice  = n_heads == 1 ? ggml_row_size(x->type, x->ne[0]) : n_heads * x->nb[2];
-        pieces = (14 + slice + 15) / 16;
-        row    = 16 * (pieces | 1) + x->nb[1] % 16;
+        aligned = (x->nb[1] | x->nb[2] | x->nb[3] | x->view_offs | slice) % 16 == 0;
+        pieces  = aligned ? slice / 16 : (14 + slice + 15) / 16;
+        // Banks: the lanes that read together are in 8 neighbouring rows of K, and in 4 of V.
+        row = 16 * (is_k ? pieces | 1 : pieces + (6 - pieces % 4) % 4) + x->nb[1] % 16;
     }
 };
 
@@ -188,7 +191,7 @@ static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int max_warp
                 (heads > 1 && ((int64_t) k->nb[2] != head_bytes[0] || (int64_t) v->nb[2] != head_bytes[1]))) {
                 continue;
             }
-            const int k_row = row_plan(k, heads).row, v_row = row_plan(v, heads).row;
+            const int k_row = row_plan(k, heads, true).row, v_row = row_plan(v, heads, false).row;
             for (int stages = 4; stages >= 2; --stages) {
                 const size_t bytes = plan.launch.shared_bytes(heads, warps / heads, stages, k_row, v_row);
                 if (bytes <= memory) {
@@ -228,7 +231,7 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
 
     const int64_t gqa = q->ne[2] / k->ne[2];
     plan.n_columns    = gqa * q->ne[1];
-    const int most    = head_size == 256 ? 2 : 4;  // tiles at a time
+    const int most    = 4;  // tiles at a time
     for (plan.column_tiles = 1; plan.column_tiles < most && DECODE_COLUMNS * plan.column_tiles < plan.n_columns;) {
         plan.column_tiles *= 2;
     }
@@ -243,7 +246,8 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
 
     // The keys are split so that all blocks run at once; if there are more than fit, the last wave is well filled.
     const int64_t n_parts     = k->ne[2] / plan.n_heads * q->ne[3] * plan.n_column_tiles;
-    const int64_t n_tiles     = (k->ne[1] + DECODE_TILE - 1) / DECODE_TILE;
+    const int64_t keys        = decode_keys(head_size, plan.column_tiles, ggml_row_size(k->type, head_size) + ggml_row_size(v->type, head_size));
+    const int64_t n_tiles     = (k->ne[1] + keys - 1) / keys;
     const int64_t most_splits = std::max<int64_t>(1, (n_tiles + plan.n_groups - 1) / plan.n_groups);
     plan.n_split              = std::min(std::max<int64_t>(1, gpu.nsm / n_parts), most_splits);
     if (n_parts > gpu.nsm / 8) {
@@ -270,8 +274,8 @@ size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst) {
     return make_plan(device, dst, plan) ? plan.end : 0;
 }
 
-static decode_operand make_operand(const ggml_tensor * x, const operand_format & f, int n_heads) {
-    const row_plan rows(x, n_heads);
+static decode_operand make_operand(const ggml_tensor * x, const operand_format & f, int n_heads, bool is_k) {
+    const row_plan rows(x, n_heads, is_k);
     decode_operand o = {};
     o.data           = (const char *) x->data;
     o.nb1            = x->nb[1];
@@ -279,6 +283,8 @@ static decode_operand make_operand(const ggml_tensor * x, const operand_format &
     o.nb3            = x->nb[3];
     o.row            = rows.row;
     o.slice          = rows.slice;
+    o.aligned        = rows.aligned;
+    GGML_ASSERT(!o.aligned || (uintptr_t) x->data % 16 == 0);
     while (o.lanes_log2 < 5 && 1 << o.lanes_log2 < rows.pieces) {
         o.lanes_log2++;
     }
@@ -304,8 +310,8 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * sinks = dst->src[4];
 
     decode_params p = {};
-    p.k             = make_operand(k, plan.k, plan.n_heads);
-    p.v             = make_operand(v, plan.v, plan.n_heads);
+    p.k             = make_operand(k, plan.k, plan.n_heads, true);
+    p.v             = make_operand(v, plan.v, plan.n_heads, false);
     p.q             = (const char *) q->data;
     p.q_nb1         = q->nb[1];
     p.q_nb2         = q->nb[2];
@@ -319,7 +325,6 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         p.mask_nb3   = mask->nb[3];
         p.mask_ne2   = mask->ne[2];
         p.mask_ne3   = mask->ne[3];
-        p.mask_pairs = (mask->nb[1] | mask->nb[2] | mask->nb[3] | (uintptr_t) mask->data) % 4 == 0;
     }
     p.partial            = (float *) ((char *) dst->data + plan.partial);
     p.meta               = (float2 *) ((char *) dst->data + plan.meta);

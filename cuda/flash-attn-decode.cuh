@@ -1,17 +1,16 @@
 // The attention kernel for few queries: FLASH_ATTN_EXT with 1 to 16 query tokens over a packed cache.
 //
-//   flash_attn_decode   a block stages tiles of 32 whole rows of the cache, of up to 16 KV heads. A warp has one KV head,
+//   flash_attn_decode   a block stages tiles of 64 or 32 whole rows of the cache, of up to 16 KV heads. A warp has one KV head,
 //                       and all query heads that share it; it keeps a running softmax. With fewer heads than warps,
 //                       groups of warps take turns with the tiles, and are merged in the end.
 //   flash_attn_combine  (flash-attn-decode.cu) merges the blocks, adds the sinks, rotates back what tbqN has rotated
 //
-// A column is a query of the group: (query token, query head of the KV head), head fastest. Columns are the rows of the
-// tensor cores' tiles. 8 to a tile, because each takes two rows: queries and probabilities are 16-bit fixed point
-// numbers, high byte in row g, low byte in row g + 8. So products of int8 levels cost no accuracy, and the tile is full.
+// A column is a query of the group: (query token, query head of the KV head), head fastest. Queries and probabilities are
+// 16-bit fixed point numbers, so that products with int8 levels cost no accuracy: tensor cores have rate to spare.
 //
 // K is scored as sum(q16 * level) * (scale of the key's block) * step. V is summed with p * (scale of the key's block)
 // as the probability, relative to the greatest of the tile, so that the fixed point fits whatever the scores are.
-// No value is decoded more than once for the 8 * MT columns of a block, and none is written anywhere.
+// No value is decoded more than once for the 4 * NT columns of a block, and none is written anywhere.
 //
 // Rows are staged whole because a head's part of a row is not aligned to the 32 bytes that memory moves: copied head by
 // head, twice the bytes went through the L2 cache, and that was the limit. In shared memory rows lie an odd number of
@@ -23,22 +22,17 @@
 
 #include "flash-attn-tile.cuh"
 
-// What registers allow, with one block per SM.
-constexpr __host__ __device__ int decode_max_warps(int head_size, int column_tiles) {
-    return head_size * column_tiles <= 128 ? 16 : 8;
-}
-
 // Bytes of shared memory: the query's operands of each KV head, what they are worth, a row of floats for each warp;
 // then the stages of each group, where in the end the warps are merged.
 template <class tile> struct decode_shared {
-    static constexpr int OPERANDS = tile::COLUMNS / DECODE_COLUMNS * tile::K_STEPS * 32 * 16;
+    static constexpr int OPERANDS = tile::COLUMNS / DECODE_COLUMNS * tile::K_STEPS * 32 * 8;
     static constexpr int MERGE    = tile::COLUMNS * (tile::V_TILES * 8 * 4 + 8);  // of a warp
 
     static __host__ __device__ int head(int n_heads, int n_warps) {
         return n_heads * (OPERANDS + tile::COLUMNS * 4) + n_warps * tile::V_TILES * 8 * 4;
     }
 
-    static __host__ __device__ int stage(int k_row, int v_row) { return DECODE_TILE * (k_row + v_row) + 32; }
+    static __host__ __device__ int stage(int k_row, int v_row) { return tile::KEYS * (k_row + v_row) + 32; }
 
     static __host__ int all(int n_heads, int n_groups, int n_stage, int k_row, int v_row) {
         const int stages = n_groups * n_stage * stage(k_row, v_row), merge = n_heads * n_groups * MERGE;
@@ -47,13 +41,28 @@ template <class tile> struct decode_shared {
 };
 
 // Starts copying rows first .. of a tile; those behind the last key repeat it. The warps of a group share the rows.
+template <int KEYS>
 static __device__ __forceinline__ void stage_rows(const decode_operand & x, const char * data, int first, int n_kv,
                                                   uint8_t * stage, int warp, int n_warps, int lane) {
     const int  lanes  = 1 << x.lanes_log2;
     const int  piece  = lane & (lanes - 1);
     const int  step   = n_warps << (5 - x.lanes_log2);
-    const int  offset = (uintptr_t) (data + first * x.nb1) & 15;
-    for (int row = (warp << (5 - x.lanes_log2)) + (lane >> x.lanes_log2); row < DECODE_TILE; row += step) {
+    const char * rows = data + first * x.nb1;
+    const int  offset = (uintptr_t) rows & 15;
+    if (x.aligned && first + KEYS <= n_kv) {
+        const int    first_row = (warp << (5 - x.lanes_log2)) + (lane >> x.lanes_log2);
+        const char * from      = rows + first_row * x.nb1 + 16 * piece;
+        uint8_t *    to        = stage + first_row * x.row + 16 * piece;
+        const int64_t from_step = step * x.nb1;
+        const int     to_step   = step * x.row;
+        for (int row = first_row; row < KEYS; row += step, from += from_step, to += to_step) {
+            for (int at = 16 * piece; at < x.slice; at += 16 * lanes) {
+                copy_async_16(to + at - 16 * piece, from + at - 16 * piece);
+            }
+        }
+        return;
+    }
+    for (int row = (warp << (5 - x.lanes_log2)) + (lane >> x.lanes_log2); row < KEYS; row += step) {
         const uintptr_t from = (uintptr_t) (data + min(first + row, n_kv - 1) * x.nb1);
         const char *    base = (const char *) (from & ~(uintptr_t) 15);
         uint8_t *       to   = stage + ((offset + row * x.row) & ~15);
@@ -73,14 +82,14 @@ static __device__ __forceinline__ void group_barrier(int group, int n_warps) {
     }
 }
 
-template <int D, int MT, kv_format KF, kv_format VF>
-__launch_bounds__(32 * decode_max_warps(D, MT), 1)
+template <int D, int NT, kv_format KF, kv_format VF>
+__launch_bounds__(32 * decode_max_warps(D, NT), 1)
 static __global__ void flash_attn_decode(const __grid_constant__ decode_params p) {
 #if __CUDA_ARCH__ >= 750
-    using tile             = decode_tile<D, MT, KF, VF>;
+    using tile             = decode_tile<D, NT, KF, VF>;
     using memory           = decode_shared<tile>;
     constexpr int COLUMNS  = tile::COLUMNS;
-    constexpr int J        = tile::J;
+    constexpr int KEYS     = tile::KEYS;
 
     const int lane = threadIdx.x, warp = threadIdx.y, n_warps = blockDim.y;
     const int g = lane >> 2, t = lane & 3;
@@ -112,17 +121,17 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     const int    kv_stream   = stream / p.n_stream_q_per_kv;
     const char * k_data      = p.k.data + first_head * p.k.nb2 + kv_stream * p.k.nb3;
     const char * v_data      = p.v.data + first_head * p.v.nb2 + kv_stream * p.v.nb3;
-    const int    n_tiles     = (p.n_kv + DECODE_TILE - 1) / DECODE_TILE;
+    const int    n_tiles     = (p.n_kv + KEYS - 1) / KEYS;
     const int    first_tile  = split * n_groups + group;
     const int    step        = p.n_split * n_groups;
-    const int    k_bytes     = DECODE_TILE * p.k.row + 16;
+    const int    k_bytes     = KEYS * p.k.row + 16;
     const int    stage_bytes = memory::stage(p.k.row, p.v.row);
     stages += group * p.n_stage * stage_bytes;
     const auto stage = [&](int tile, int slot) {
         if (tile < n_tiles) {
             uint8_t * to = stages + slot * stage_bytes;
-            stage_rows(p.k, k_data, tile * DECODE_TILE, p.n_kv, to, head_of_block, p.n_head_block, lane);
-            stage_rows(p.v, v_data, tile * DECODE_TILE, p.n_kv, to + k_bytes, head_of_block, p.n_head_block, lane);
+            stage_rows<KEYS>(p.k, k_data, tile * KEYS, p.n_kv, to, head_of_block, p.n_head_block, lane);
+            stage_rows<KEYS>(p.v, v_data, tile * KEYS, p.n_kv, to + k_bytes, head_of_block, p.n_head_block, lane);
         }
         copy_async_commit();  // an empty group of copies, too: waiting counts them
     };
@@ -139,67 +148,67 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
             units[c] = unit;
         }
     }
-    float        slope[MT];
-    const half * mask[MT];
+    float        slope[NT];
+    const half * mask[NT];
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt) {
-        const int2 place = place_of(DECODE_COLUMNS * mt + g, kv_head);
-        slope[mt]        = LOG2E;
+    for (int nt = 0; nt < NT; ++nt) {
+        const int2 place = place_of(DECODE_COLUMNS * nt + t, kv_head);
+        slope[nt]        = LOG2E;
         if (p.max_bias > 0.0f) {
             const bool low = place.y < (int) p.n_head_log2;
-            slope[mt] *= powf(low ? p.m0 : p.m1, low ? place.y + 1 : 2 * (place.y - (int) p.n_head_log2) + 1);
+            slope[nt] *= powf(low ? p.m0 : p.m1, low ? place.y + 1 : 2 * (place.y - (int) p.n_head_log2) + 1);
         }
-        mask[mt] = (const half *) (p.mask + place.x * p.mask_nb1 + place.y % p.mask_ne2 * p.mask_nb2 +
+        mask[nt] = (const half *) (p.mask + place.x * p.mask_nb1 + place.y % p.mask_ne2 * p.mask_nb2 +
                                    stream % p.mask_ne3 * p.mask_nb3);
     }
     // Whether any column sees any key of a tile, and whether the mask says more than that all are seen. Known a tile
     // ahead, from loads that are under way while K is scored.
     bool       any_next, biased_next;
-    const auto look = [&](const uint32_t (&seen)[MT][J]) {
+    const auto look = [&](const uint32_t (&seen)[NT][tile::R / 2]) {
         any_next = biased_next = false;
 #pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
+        for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
-            for (int j = 0; j < J; ++j) {
-                any_next    = any_next || seen[mt][j] != 0xfc00fc00;
-                biased_next = biased_next || seen[mt][j] != 0;
+            for (int r = 0; r < tile::R / 2; ++r) {
+                any_next    = any_next || seen[nt][r] != tile::HIDDEN * 0x10001;
+                biased_next = biased_next || seen[nt][r] != 0;
             }
         }
         any_next    = __any_sync(0xffffffff, any_next);
         biased_next = __any_sync(0xffffffff, biased_next);
     };
     {
-        uint32_t seen[MT][J];
-        tile::load_mask(p, mask, first_tile * DECODE_TILE, t, seen);
+        uint32_t seen[NT][tile::R / 2];
+        tile::load_mask(p, mask, first_tile * KEYS, g, seen);
         look(seen);
     }
     __syncthreads();
 
-    const uint4 * q_shared = (const uint4 *) operands;
-    uint4         q[tile::Q_IN_REGISTERS ? MT * tile::K_STEPS : 1];
+    const uint2 *                 q_shared = (const uint2 *) operands;
+    typename tile::query_operands q;
     if constexpr (tile::Q_IN_REGISTERS) {
 #pragma unroll
-        for (int i = 0; i < MT * tile::K_STEPS; ++i) {
+        for (int i = 0; i < NT * tile::K_STEPS; ++i) {
             q[i] = q_shared[i * 32 + lane];
         }
     }
-    float q_unit[MT];
+    float q_unit[NT];
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt) {
-        q_unit[mt] = units[DECODE_COLUMNS * mt + g] * p.scale * p.k.step * (p.softcap == 0.0f ? LOG2E : 1.0f);
+    for (int nt = 0; nt < NT; ++nt) {
+        q_unit[nt] = units[DECODE_COLUMNS * nt + t] * p.scale * p.k.step * (p.softcap == 0.0f ? LOG2E : 1.0f);
     }
 
     // 3. The tiles.
-    float o[MT][tile::V_TILES][2] = { };
-    float top[MT], sum[MT];
+    float o[NT][tile::V_TILES] = { };
+    float top[NT], sum[NT];
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt) {
-        top[mt] = -INFINITY;
-        sum[mt] = 0.0f;
+    for (int nt = 0; nt < NT; ++nt) {
+        top[nt] = -INFINITY;
+        sum[nt] = 0.0f;
     }
     int slot = 0, next_slot = p.n_stage - 1;
     for (int i = first_tile; i < n_tiles; i += step) {
-        const int  first  = i * DECODE_TILE;
+        const int  first  = i * KEYS;
         const bool any    = any_next;
         const bool biased = biased_next;
 
@@ -219,36 +228,35 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         next_slot = slot;
         slot      = slot + 1 == p.n_stage ? 0 : slot + 1;
 
-        uint32_t seen_next[MT][J];
-        tile::load_mask(p, mask, first + step * DECODE_TILE, t, seen_next);
+        uint32_t seen_next[NT][tile::R / 2];
+        tile::load_mask(p, mask, first + step * KEYS, g, seen_next);
         if (!any) {
             look(seen_next);
             continue;
         }
-        float s[MT][J][2];
+        float s[NT][tile::R];
         tile::scores(p, k_rows, q, q_shared, lane, s);
         tile::scale_scores(p, q_unit, s);
         if (biased) {
-            uint32_t seen[MT][J];
-            tile::load_mask(p, mask, first, t, seen);
+            uint32_t seen[NT][tile::R / 2];
+            tile::load_mask(p, mask, first, g, seen);
             tile::add_mask(seen, slope, s);
         }
         look(seen_next);
 
-        float weight[MT], factor[MT];
+        float weight[NT], factor[NT];
         if (tile::softmax(s, top, sum, weight, factor)) {
 #pragma unroll
-            for (int mt = 0; mt < MT; ++mt) {
+            for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
                 for (int n = 0; n < tile::V_TILES; ++n) {
-                    o[mt][n][0] *= factor[mt];
-                    o[mt][n][1] *= factor[mt];
+                    o[nt][n] *= factor[nt];
                 }
             }
         }
 #pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-            weight[mt] *= p.v.step;
+        for (int nt = 0; nt < NT; ++nt) {
+            weight[nt] *= p.v.step;
         }
         tile::add_values(p, v_rows, s, weight, lane, o);
     }
@@ -261,20 +269,18 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     const auto merge_o    = [&](int w) { return (float *) (stages + w * memory::MERGE); };
     const auto merge_meta = [&](int w) { return (float2 *) (merge_o(w) + COLUMNS * D); };
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt) {
-        sum[mt] += __shfl_xor_sync(0xffffffff, sum[mt], 1);
-        sum[mt] += __shfl_xor_sync(0xffffffff, sum[mt], 2);
-        const int c = DECODE_COLUMNS * mt + g;
-        if (t == 0) {
-            merge_meta(warp)[c] = make_float2(top[mt], sum[mt]);
+    for (int nt = 0; nt < NT; ++nt) {
+        sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 4);
+        sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 8);
+        sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 16);
+        const int c = DECODE_COLUMNS * nt + t;
+        if (g == 0) {
+            merge_meta(warp)[c] = make_float2(top[nt], sum[nt]);
         }
         if (c < n_columns) {
 #pragma unroll
             for (int n = 0; n < tile::V_TILES; ++n) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    merge_o(warp)[c * D + tile::v_place(p, n, 2 * t + i)] = o[mt][n][i];
-                }
+                merge_o(warp)[c * D + tile::v_place(p, n, g)] = o[nt][n];
             }
         }
     }

@@ -1,5 +1,9 @@
-// What the attention kernel for few queries does with one tile of keys: scores and sums. The layout of the operands is
-// that of flash-attn-formats.cuh; see flash-attn-decode.cuh for the whole.
+// What the attention kernel for few queries does with one tile of keys: scores and sums. See flash-attn-decode.cuh for
+// the whole; the layout of the operands is that of flash-attn-formats.cuh.
+//
+// In the tensor cores' products the packed values are the rows: scores are K * Q, keys x columns, and the output is
+// V * P, values x columns. A column takes two of the eight of an operand: its high and its low bytes, or in fp16 its
+// value and what rounding has lost of it. So lane 4g + t has keys 8r + g and values of slice g, of column t of four.
 
 #pragma once
 
@@ -7,8 +11,17 @@
 #include "flash-attn-formats.cuh"
 #include "flash-attn-mma.cuh"
 
-#define DECODE_COLUMNS 8   // of a tensor core tile
-#define DECODE_TILE    32  // keys
+#define DECODE_COLUMNS 4  // of an operand
+
+// What registers allow, with one block per SM.
+constexpr __host__ __device__ int decode_max_warps(int head_size, int column_tiles) {
+    return head_size * column_tiles <= 256 ? 16 : 8;
+}
+
+// Keys of a tile. Of 64, sums become floats half as often; that takes more registers and more shared memory.
+constexpr __host__ __device__ int decode_keys(int head_size, int column_tiles, int bytes_per_key) {
+    return head_size * column_tiles <= 128 && bytes_per_key <= 104 ? 64 : 32;
+}
 
 // One of K and V.
 struct decode_operand {
@@ -17,6 +30,7 @@ struct decode_operand {
     int          row;            // bytes from row to row in shared memory, = nb1 modulo 16
     int          slice;          // bytes of a row that a block stages: those of its KV heads
     int          lanes_log2;     // so many lanes copy a row
+    bool         aligned;        // slice and rows are multiples of 16 bytes
     bool         interleaved;    // tbqN: neighbouring fields are neighbouring values
     bool         rotated;        //   and the values are rotated
     float        step;           // value = scale * step * level
@@ -30,7 +44,6 @@ struct decode_params {
     int64_t      q_nb1, q_nb2, q_nb3;
     const char * mask;  // fp16 [n_kv][n_q][1 or n_head][1 or n_stream], or NULL
     int64_t      mask_nb1, mask_nb2, mask_nb3;
-    bool         mask_pairs;  // two neighbours can be loaded at once
     int          mask_ne2, mask_ne3;
 
     float *  partial;  // [n_stream][n_head][n_q][n_split][head size]: not normalized
@@ -86,25 +99,35 @@ static __device__ __forceinline__ void split_bytes(uint32_t x0, uint32_t x1, uin
     high               = permute_bytes(x01, x23, 0x7632);
 }
 
+// Two floats as fp16, and what rounding has lost of them.
+static __device__ __forceinline__ void split_floats(float x, float y, uint32_t & high, uint32_t & low) {
+    const half2 a = __floats2half2_rn(x, y);
+    const half2 b = __floats2half2_rn(x - __low2float(a), y - __high2float(a));
+    high          = *(const uint32_t *) &a;
+    low           = *(const uint32_t *) &b;
+}
+
 // Added to it, a number of magnitude below 2^22 is rounded to an integer, which is the lowest bits of the sum.
 #define MAGIC 12582912.0f  // 1.5 * 2^23
 
-template <int D, int MT, kv_format KF, kv_format VF> struct decode_tile {
+// NT: column tiles of DECODE_COLUMNS.
+template <int D, int NT, kv_format KF, kv_format VF> struct decode_tile {
     using k_codec = kv_codec<KF, D>;
     using v_codec = kv_codec<VF, D>;
 
-    static constexpr int  K_STEPS        = D / (KF == KV_F16 ? 16 : 32);
-    static constexpr int  V_TILES        = D / 8;
-    static constexpr int  COLUMNS        = DECODE_COLUMNS * MT;
-    static constexpr int  K_HEAD         = D / k_codec::BLOCK * k_codec::BYTES;  // bytes of a head in a row
-    static constexpr int  V_HEAD         = D / v_codec::BLOCK * v_codec::BYTES;
-    static constexpr bool Q_IN_REGISTERS = MT * K_STEPS <= 8;
-    static constexpr int  TILE           = DECODE_TILE;
-    static constexpr int  J              = TILE / 8;  // a tile is so many tensor core tiles of keys
+    static constexpr int K_STEPS = D / (KF == KV_F16 ? 16 : 32);
+    static constexpr int V_TILES = D / 8;  // values of a lane
+    static constexpr int COLUMNS = DECODE_COLUMNS * NT;
+    static constexpr int K_HEAD  = D / k_codec::BLOCK * k_codec::BYTES;  // bytes of a head in a row
+    static constexpr int V_HEAD  = D / v_codec::BLOCK * v_codec::BYTES;
+    static constexpr int KEYS    = decode_keys(D, NT, K_HEAD + V_HEAD);
+    static constexpr int R       = KEYS / 8;  // keys of a lane
+
+    static constexpr bool Q_IN_REGISTERS = NT * K_STEPS <= 16;
 
     // ---- the query
 
-    // The query of column c among the operands, [MT][K_STEPS][lane][4]: rotated as K is, in the order of K's packed
+    // The query of column c among the operands, [NT][K_STEPS][lane][2]: rotated as K is, in the order of K's packed
     // values. Returns what a product of the operand is worth. `scratch`: D floats of this warp. q NULL: zeros.
     static __device__ __forceinline__ float load_query(const decode_params & p, const float * q, float * scratch,
                                                        uint32_t * operands, int c, int lane) {
@@ -129,9 +152,9 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_tile {
             }
         }
         // Words of the operands: step, half, lane of four; this lane's are lane, lane + 32, ..
-        constexpr int N_WORDS   = K_STEPS * 8;
-        constexpr int PER_LANE  = (N_WORDS + 31) / 32;
-        constexpr int VALUES    = KF == KV_F16 ? 2 : 4;  // of a word
+        constexpr int N_WORDS  = K_STEPS * 8;
+        constexpr int PER_LANE = (N_WORDS + 31) / 32;
+        constexpr int VALUES   = KF == KV_F16 ? 2 : 4;  // of a word
         float         x[PER_LANE][VALUES];
         uint32_t      top = 0;  // as unsigned numbers, infinity and NaN are above all finite floats
 #pragma unroll
@@ -158,17 +181,14 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_tile {
         constexpr float LIMIT = KF == KV_F16 ? 1.0f : 32512.0f;
         const float     most  = __uint_as_float(top);
         const float     unit  = most > 0.0f ? LIMIT / most : 0.0f;
-        operands += (c / DECODE_COLUMNS * K_STEPS * 32 + c % DECODE_COLUMNS * 4) * 4;
+        operands += (c / DECODE_COLUMNS * K_STEPS * 32 + c % DECODE_COLUMNS * 8) * 2;
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i) {
             const int  word = 32 * i + lane, s = word / 8, h = word / 4 % 2, t = word % 4;
-            uint32_t * to = operands + (s * 32 + t) * 4 + 2 * h;
+            uint32_t * to = operands + (s * 32 + t) * 2 + h;  // lane 4g + t of column g / 2
             uint32_t   high, low;
-            if constexpr (KF == KV_F16) {  // the low part is what the high part has lost
-                const half2 a = __floats2half2_rn(x[i][0] * unit, x[i][1] * unit);
-                const half2 b = __floats2half2_rn(x[i][0] * unit - __low2float(a), x[i][1] * unit - __high2float(a));
-                high          = *(const uint32_t *) &a;
-                low           = *(const uint32_t *) &b;
+            if constexpr (KF == KV_F16) {
+                split_floats(x[i][0] * unit, x[i][1] * unit, high, low);
             } else {
                 uint32_t number[4];
 #pragma unroll
@@ -179,242 +199,266 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_tile {
             }
             if (word < N_WORDS) {
                 to[0] = high;
-                to[1] = low;
+                to[8] = low;  // lane 4(g + 1) + t
             }
         }
         return (most + (most - most)) * (1.0f / LIMIT);  // NaN if not finite
     }
 
-    // ---- scores: s[mt][j][i] of column g, key 8j + 2t + i of the tile, in units of log 2 after `factor`
+    using query_operands = uint2[Q_IN_REGISTERS ? NT * K_STEPS : 1];
 
-    static __device__ __forceinline__ void scores(const decode_params & p, const uint8_t * rows,
-                                                  const uint4 (&q)[Q_IN_REGISTERS ? MT * K_STEPS : 1],
-                                                  const uint4 * q_shared, int lane, float (&s)[MT][J][2]) {
+    static __device__ __forceinline__ uint2 query(const query_operands & q, const uint2 * q_shared, int i, int lane) {
+        return Q_IN_REGISTERS ? q[i] : q_shared[i * 32 + lane];
+    }
+
+    // ---- scores: s[nt][r] of key 8r + g and column 4nt + t
+
+    // The products. `rows` is where the head's part of the tile's first row begins.
+    static __device__ __forceinline__ void scores(const decode_params & p, const uint8_t * rows, const query_operands & q,
+                                                  const uint2 * q_shared, int lane, float (&s)[NT][R]) {
         const int g = lane >> 2, t = lane & 3;
 #pragma unroll
-        for (int j = 0; j < J; ++j) {
-            const uint8_t * row = rows + (8 * j + g) * p.k.row;
-#pragma unroll
-            for (int mt = 0; mt < MT; ++mt) {
-                s[mt][j][0] = s[mt][j][1] = 0.0f;
-            }
+        for (int r = 0; r < R; r += 2) {
+            const uint8_t * row  = rows + (8 * r + g) * p.k.row;
+            const uint8_t * row8 = row + 8 * p.k.row;
             if constexpr (KF == KV_F16) {
-                float4 c[MT] = { };
+                float4 c[NT] = { };
 #pragma unroll
                 for (int step = 0; step < K_STEPS; ++step) {
-                    const uint32_t b0 = load_u32(row + 32 * step + 4 * t), b1 = load_u32(row + 32 * step + 16 + 4 * t);
+                    const int   at = 32 * step + 4 * t;
+                    const uint4 a  = { load_u32(row + at), load_u32(row8 + at), load_u32(row + at + 16),
+                                       load_u32(row8 + at + 16) };
 #pragma unroll
-                    for (int mt = 0; mt < MT; ++mt) {
-                        c[mt] = mma_f16(query(q, q_shared, mt * K_STEPS + step, lane), b0, b1, c[mt]);
+                    for (int nt = 0; nt < NT; ++nt) {
+                        const uint2 b = query(q, q_shared, nt * K_STEPS + step, lane);
+                        c[nt]         = mma_f16(a, b.x, b.y, c[nt]);
                     }
                 }
 #pragma unroll
-                for (int mt = 0; mt < MT; ++mt) {
-                    s[mt][j][0] = c[mt].x + c[mt].z;
-                    s[mt][j][1] = c[mt].y + c[mt].w;
+                for (int nt = 0; nt < NT; ++nt) {
+                    s[nt][r]     = c[nt].x + c[nt].y;
+                    s[nt][r + 1] = c[nt].z + c[nt].w;
                 }
             } else {
                 constexpr int STEPS = k_codec::BLOCK / 32;
 #pragma unroll
                 for (int block = 0; block < D / k_codec::BLOCK; ++block) {
-                    uint32_t b[STEPS][2];
-                    k_codec::k_operands(row + block * k_codec::BYTES, t, p.k.levels, b);
-                    const uint8_t * scale = rows + (8 * j + 2 * t) * p.k.row + block * k_codec::BYTES + k_codec::SCALE;
-                    const float     d0 = load_half(scale), d1 = load_half(scale + p.k.row);
+                    uint32_t a[STEPS][2], a8[STEPS][2];
+                    k_codec::k_operands(row + block * k_codec::BYTES, t, p.k.levels, a);
+                    k_codec::k_operands(row8 + block * k_codec::BYTES, t, p.k.levels, a8);
+                    const float d  = load_half(row + block * k_codec::BYTES + k_codec::SCALE);
+                    const float d8 = load_half(row8 + block * k_codec::BYTES + k_codec::SCALE);
 #pragma unroll
-                    for (int mt = 0; mt < MT; ++mt) {
+                    for (int nt = 0; nt < NT; ++nt) {
                         int4 c = { };
 #pragma unroll
                         for (int step = 0; step < STEPS; ++step) {
-                            c = mma_s8(query(q, q_shared, mt * K_STEPS + block * STEPS + step, lane), b[step][0],
-                                       b[step][1], c);
+                            const uint2 b = query(q, q_shared, nt * K_STEPS + block * STEPS + step, lane);
+                            c = mma_s8({ a[step][0], a8[step][0], a[step][1], a8[step][1] }, b.x, b.y, c);
                         }
-                        s[mt][j][0] += (float) (c.x * 256 + c.z) * d0;
-                        s[mt][j][1] += (float) (c.y * 256 + c.w) * d1;
+                        const float x  = (float) (c.x * 256 + c.y) * d;
+                        const float x8 = (float) (c.z * 256 + c.w) * d8;
+                        s[nt][r]       = block == 0 ? x : s[nt][r] + x;
+                        s[nt][r + 1]   = block == 0 ? x8 : s[nt][r + 1] + x8;
                     }
                 }
             }
         }
     }
 
-    static __device__ __forceinline__ uint4 query(const uint4 (&q)[Q_IN_REGISTERS ? MT * K_STEPS : 1],
-                                                  const uint4 * q_shared, int i, int lane) {
-        return Q_IN_REGISTERS ? q[i] : q_shared[i * 32 + lane];
-    }
-
     // Products -> scores in units of log 2: scaled and capped.
-    static __device__ __forceinline__ void scale_scores(const decode_params & p, const float (&q_unit)[MT],
-                                                        float (&s)[MT][J][2]) {
+    static __device__ __forceinline__ void scale_scores(const decode_params & p, const float (&q_unit)[NT],
+                                                        float (&s)[NT][R]) {
 #pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
+        for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
-            for (int j = 0; j < J; ++j) {
-                s[mt][j][0] *= q_unit[mt];
-                s[mt][j][1] *= q_unit[mt];
+            for (int r = 0; r < R; ++r) {
+                s[nt][r] *= q_unit[nt];
             }
         }
         if (p.softcap != 0.0f) {
 #pragma unroll
-            for (int mt = 0; mt < MT; ++mt) {
+            for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
-                for (int j = 0; j < J; ++j) {
-                    s[mt][j][0] = p.softcap * LOG2E * tanhf(s[mt][j][0]);
-                    s[mt][j][1] = p.softcap * LOG2E * tanhf(s[mt][j][1]);
+                for (int r = 0; r < R; ++r) {
+                    s[nt][r] = p.softcap * LOG2E * tanhf(s[nt][r]);
                 }
             }
         }
     }
 
-    static __device__ __forceinline__ void add_mask(const uint32_t (&seen)[MT][J], const float (&slope)[MT],
-                                                    float (&s)[MT][J][2]) {
+    // The mask's values for a lane's keys, two fp16 to a word; hidden where there is no key.
+    static constexpr uint32_t HIDDEN = 0xfc00;  // -infinity
+
+    static __device__ __forceinline__ void load_mask(const decode_params & p, const half * const (&mask)[NT], int first,
+                                                     int g, uint32_t (&x)[NT][R / 2]) {
+        const bool whole = first + KEYS <= p.n_kv;
 #pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
+        for (int nt = 0; nt < NT; ++nt) {
+            const uint16_t * m = (const uint16_t *) mask[nt] + first + g;
 #pragma unroll
-            for (int j = 0; j < J; ++j) {  // -infinity whatever a hidden key scores
-                const float2 bias = __half22float2(*(const half2 *) &seen[mt][j]);
-                s[mt][j][0]       = bias.x == -INFINITY ? -INFINITY : s[mt][j][0] + slope[mt] * bias.x;
-                s[mt][j][1]       = bias.y == -INFINITY ? -INFINITY : s[mt][j][1] + slope[mt] * bias.y;
+            for (int r = 0; r < R / 2; ++r) {
+                if (!p.mask) {
+                    x[nt][r] = 0;
+                } else if (whole) {
+                    x[nt][r] = multiply_add(m[16 * r + 8], 0x10000, m[16 * r]);
+                }
+                if (!whole) {
+                    const int left = p.n_kv - (first + 16 * r + g);
+                    x[nt][r]       = (left < 1 ? HIDDEN : p.mask ? m[16 * r] : 0) |
+                               (left < 9 ? HIDDEN : p.mask ? m[16 * r + 8] : 0) << 16;
+                }
+            }
+        }
+    }
+
+    static __device__ __forceinline__ void add_mask(const uint32_t (&seen)[NT][R / 2], const float (&slope)[NT],
+                                                    float (&s)[NT][R]) {
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+            for (int r = 0; r < R / 2; ++r) {  // -infinity whatever a hidden key scores
+                const float2 bias = __half22float2(*(const half2 *) &seen[nt][r]);
+                s[nt][2 * r]      = bias.x == -INFINITY ? -INFINITY : s[nt][2 * r] + slope[nt] * bias.x;
+                s[nt][2 * r + 1]  = bias.y == -INFINITY ? -INFINITY : s[nt][2 * r + 1] + slope[nt] * bias.y;
             }
         }
     }
 
     // Scores -> probabilities relative to the greatest of the tile and column, which count `weight`; what was summed before
-    // counts `factor`. True if that is not 1 for all.
-    static __device__ __forceinline__ bool softmax(float (&s)[MT][J][2], float (&top)[MT], float (&sum)[MT],
-                                                   float (&weight)[MT], float (&factor)[MT]) {
+    // counts `factor`. True if that is not 1 for all. `sum` is of this lane's keys.
+    static __device__ __forceinline__ bool softmax(float (&s)[NT][R], float (&top)[NT], float (&sum)[NT],
+                                                   float (&weight)[NT], float (&factor)[NT]) {
         bool rescale = false;
 #pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-            float most = -INFINITY;
+        for (int nt = 0; nt < NT; ++nt) {
+            float most = s[nt][0];
 #pragma unroll
-            for (int j = 0; j < J; ++j) {
-                most = fmaxf(most, fmaxf(s[mt][j][0], s[mt][j][1]));
+            for (int r = 1; r < R; ++r) {
+                most = fmaxf(most, s[nt][r]);
             }
-            most                 = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-            most                 = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+            most                 = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 4));
+            most                 = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 8));
+            most                 = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 16));
             const float base     = most == -INFINITY ? 0.0f : most;  // nothing to see: probabilities of 0
             float       tile_sum = 0.0f;
 #pragma unroll
-            for (int j = 0; j < J; ++j) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    s[mt][j][i] = exp2_approx(s[mt][j][i] - base);
-                    tile_sum += s[mt][j][i];
-                }
+            for (int r = 0; r < R; ++r) {
+                s[nt][r] = exp2_approx(s[nt][r] - base);
+                tile_sum += s[nt][r];
             }
-            const float new_top  = fmaxf(top[mt], most);
+            const float new_top  = fmaxf(top[nt], most);
             const float new_base = new_top == -INFINITY ? 0.0f : new_top;
-            factor[mt]           = exp2_approx(top[mt] - new_base);
-            weight[mt]           = exp2_approx(most - new_base);
-            sum[mt]              = sum[mt] * factor[mt] + tile_sum * weight[mt];
-            top[mt]              = new_top;
-            rescale              = rescale || factor[mt] != 1.0f;
+            factor[nt]           = exp2_approx(top[nt] - new_base);
+            weight[nt]           = exp2_approx(most - new_base);
+            sum[nt]              = sum[nt] * factor[nt] + tile_sum * weight[nt];
+            top[nt]              = new_top;
+            rescale              = rescale || factor[nt] != 1.0f;
         }
         return __any_sync(0xffffffff, rescale);
     }
 
-    // ---- output: o[mt][n][i] += sum over the keys of p * V, of column g, value v_place(n, 2t + i)
+    // ---- output: o[nt][n] += sum over the keys of p * V, of column 4nt + t, value v_place(n, g)
 
-    static __device__ __forceinline__ int v_place(const decode_params & p, int tile, int g) {
+    static __device__ __forceinline__ int v_place(const decode_params & p, int n, int g) {
         if constexpr (VF == KV_F16) {
-            return 16 * (tile / 2) + 2 * g + tile % 2;
+            return 16 * (n / 2) + 2 * g + n % 2;
         } else {
             constexpr int TILES = v_codec::BLOCK / 8;
-            return tile / TILES * v_codec::BLOCK +
-                   v_codec::place(g, tile % TILES / v_codec::PART, tile % v_codec::PART, p.v.interleaved);
+            return n / TILES * v_codec::BLOCK +
+                   v_codec::place(g, n % TILES / v_codec::PART, n % v_codec::PART, p.v.interleaved);
         }
     }
 
-    // `prob` are the probabilities of keys 8j + 2t + i, `weight` is what the tile counts for.
+    // What the lanes hold of P -> an operand. Lane 4g + t has a word of the high and one of the low parts for k group g of
+    // column t; it needs groups t and 4 + t of column g / 2, high for an even g.
+    static __device__ __forceinline__ uint2 exchange(uint32_t high, uint32_t low, int lane) {
+        const int      from = 4 * (lane & 3) + (lane >> 3);
+        const uint32_t h0 = __shfl_sync(0xffffffff, high, from), h1 = __shfl_sync(0xffffffff, high, from + 16);
+        const uint32_t l0 = __shfl_sync(0xffffffff, low, from), l1 = __shfl_sync(0xffffffff, low, from + 16);
+        return lane & 4 ? make_uint2(l0, l1) : make_uint2(h0, h1);
+    }
+
+    // `prob` are the probabilities of a lane's keys, `weight` is what the tile counts for.
     static __device__ __forceinline__ void add_values(const decode_params & p, const uint8_t * rows,
-                                                      const float (&prob)[MT][J][2], const float (&weight)[MT], int lane,
-                                                      float (&o)[MT][V_TILES][2]) {
+                                                      const float (&prob)[NT][R], const float (&weight)[NT], int lane,
+                                                      float (&o)[NT][V_TILES]) {
         const int g = lane >> 2, t = lane & 3;
         if constexpr (VF == KV_F16) {
-            uint4 a[MT][J / 2];
+            uint2 b[NT][KEYS / 16];
 #pragma unroll
-            for (int mt = 0; mt < MT; ++mt) {
-                uint32_t x[J][2];
+            for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
-                for (int j = 0; j < J; ++j) {
-                    const half2 high = __floats2half2_rn(prob[mt][j][0], prob[mt][j][1]);
-                    const half2 low =
-                        __floats2half2_rn(prob[mt][j][0] - __low2float(high), prob[mt][j][1] - __high2float(high));
-                    x[j][0] = *(const uint32_t *) &high;
-                    x[j][1] = *(const uint32_t *) &low;
-                }
-#pragma unroll
-                for (int k = 0; k < J / 2; ++k) {
-                    a[mt][k] = { x[2 * k][0], x[2 * k][1], x[2 * k + 1][0], x[2 * k + 1][1] };
+                for (int k = 0; k < KEYS / 16; ++k) {
+                    uint32_t high, low;
+                    split_floats(prob[nt][2 * k], prob[nt][2 * k + 1], high, low);
+                    b[nt][k] = exchange(high, low, lane);
                 }
             }
 #pragma unroll
             for (int pair = 0; pair < V_TILES / 2; ++pair) {
-                uint32_t b[2][J];  // even and odd value, keys 8j + 2t and the next
+                float4 c[NT] = { };
 #pragma unroll
-                for (int j = 0; j < J; ++j) {
-                    const uint8_t * row = rows + (8 * j + 2 * t) * p.v.row + 32 * pair + 4 * g;
-                    const uint32_t  x = load_u32(row), y = load_u32(row + p.v.row);
-                    b[0][j] = permute_bytes(x, y, 0x5410);
-                    b[1][j] = permute_bytes(x, y, 0x7632);
+                for (int k = 0; k < KEYS / 16; ++k) {  // values 2g and 2g + 1 of four keys
+                    const uint8_t * row = rows + (16 * k + t) * p.v.row + 32 * pair + 4 * g;
+                    const uint32_t  x0 = load_u32(row), x8 = load_u32(row + 8 * p.v.row);
+                    const uint32_t  x4 = load_u32(row + 4 * p.v.row), x12 = load_u32(row + 12 * p.v.row);
+                    const uint4     a  = { permute_bytes(x0, x8, 0x5410), permute_bytes(x0, x8, 0x7632),
+                                           permute_bytes(x4, x12, 0x5410), permute_bytes(x4, x12, 0x7632) };
+#pragma unroll
+                    for (int nt = 0; nt < NT; ++nt) {
+                        c[nt] = mma_f16(a, b[nt][k].x, b[nt][k].y, c[nt]);
+                    }
                 }
 #pragma unroll
-                for (int odd = 0; odd < 2; ++odd) {
-#pragma unroll
-                    for (int mt = 0; mt < MT; ++mt) {
-                        float4 c = { };
-#pragma unroll
-                        for (int k = 0; k < J / 2; ++k) {
-                            c = mma_f16(a[mt][k], b[odd][2 * k], b[odd][2 * k + 1], c);
-                        }
-                        o[mt][2 * pair + odd][0] += (c.x + c.z) * weight[mt];
-                        o[mt][2 * pair + odd][1] += (c.y + c.w) * weight[mt];
-                    }
+                for (int nt = 0; nt < NT; ++nt) {
+                    o[nt][2 * pair] += (c[nt].x + c[nt].y) * weight[nt];
+                    o[nt][2 * pair + 1] += (c[nt].z + c[nt].w) * weight[nt];
                 }
             }
         } else {
             using raw                 = typename v_codec::raw;
             constexpr int BLOCK_TILES = v_codec::BLOCK / 8;
-            constexpr int STEPS       = TILE / 32;
+            constexpr int STEPS       = KEYS / 32;
 #pragma unroll
             for (int block = 0; block < D / v_codec::BLOCK; ++block) {
-                const uint8_t * first = rows + 2 * t * p.v.row + block * v_codec::BYTES;
-                float           d[J][2];
-                raw             packed[J / 2][4];
+                const uint8_t * part_of_row = rows + block * v_codec::BYTES;
+                float           d[R];
 #pragma unroll
-                for (int j = 0; j < J; ++j) {
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const uint8_t * row          = first + (8 * j + i) * p.v.row;
-                        d[j][i]                      = load_half(row + v_codec::SCALE);
-                        packed[j / 2][j % 2 * 2 + i] = v_codec::load(row, g);
-                    }
+                for (int r = 0; r < R; ++r) {
+                    d[r] = load_half(part_of_row + (8 * r + g) * p.v.row + v_codec::SCALE);
                 }
-                uint4 a[MT][STEPS];
-                float unit[MT];
+                raw packed[STEPS][2][4];  // keys 32 step + 8i + 4 half + t
 #pragma unroll
-                for (int mt = 0; mt < MT; ++mt) {
-                    unit[mt] = weight[mt] * fixed_point(prob[mt], d, a[mt]);
+                for (int i = 0; i < STEPS * 8; ++i) {
+                    packed[i / 8][i % 2][i / 2 % 4] = v_codec::load(part_of_row + (4 * i + t) * p.v.row, g);
+                }
+                uint2 b[NT][STEPS];
+                float unit[NT];
+#pragma unroll
+                for (int nt = 0; nt < NT; ++nt) {
+                    unit[nt] = weight[nt] * fixed_point(prob[nt], d, lane, b[nt]);
                 }
 #pragma unroll
                 for (int part = 0; part < v_codec::PARTS; ++part) {
-                    uint32_t b[J / 2][v_codec::PART];
+                    uint32_t a[STEPS][2][v_codec::PART];
 #pragma unroll
-                    for (int k = 0; k < J / 2; ++k) {
-                        v_codec::v_operands(packed[k], g, part, p.v.levels, b[k]);
+                    for (int i = 0; i < STEPS * 2; ++i) {
+                        v_codec::v_operands(packed[i / 2][i % 2], g, part, p.v.levels, a[i / 2][i % 2]);
                     }
 #pragma unroll
-                    for (int n = 0; n < v_codec::PART; ++n) {
-                        const int tile = block * BLOCK_TILES + part * v_codec::PART + n;
+                    for (int n = 0; n < v_codec::PART; n += 2) {
+                        const int at = block * BLOCK_TILES + part * v_codec::PART + n;
 #pragma unroll
-                        for (int mt = 0; mt < MT; ++mt) {
+                        for (int nt = 0; nt < NT; ++nt) {
                             int4 c = { };
 #pragma unroll
                             for (int k = 0; k < STEPS; ++k) {
-                                c = mma_s8(a[mt][k], b[2 * k][n], b[2 * k + 1][n], c);
+                                c = mma_s8({ a[k][0][n], a[k][0][n + 1], a[k][1][n], a[k][1][n + 1] }, b[nt][k].x,
+                                           b[nt][k].y, c);
                             }
-                            o[mt][tile][0] += (float) (c.x * 256 + c.z) * unit[mt];
-                            o[mt][tile][1] += (float) (c.y * 256 + c.w) * unit[mt];
+                            o[nt][at] += (float) (c.x * 256 + c.y) * unit[nt];
+                            o[nt][at + 1] += (float) (c.z * 256 + c.w) * unit[nt];
                         }
                     }
                 }
@@ -424,61 +468,30 @@ template <int D, int MT, kv_format KF, kv_format VF> struct decode_tile {
 
     // Probability times scale as 16-bit numbers; returns their unit, without the step. Not finite where a key that
     // counts has a scale that is not: as unsigned numbers, infinity and NaN are above all finite floats.
-    static __device__ __forceinline__ float fixed_point(const float (&prob)[J][2], const float (&d)[J][2],
-                                                        uint4 (&a)[TILE / 32]) {
-        float    x[J][2];
+    static __device__ __forceinline__ float fixed_point(const float (&prob)[R], const float (&d)[R], int lane,
+                                                        uint2 (&b)[KEYS / 32]) {
+        float    x[R];
         uint32_t top = 0;
 #pragma unroll
-        for (int j = 0; j < J; ++j) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                x[j][i] = prob[j][i] == 0.0f ? 0.0f : prob[j][i] * d[j][i];
-                top     = max(top, __float_as_uint(x[j][i]) & 0x7fffffff);
-            }
+        for (int r = 0; r < R; ++r) {
+            x[r] = prob[r] == 0.0f ? 0.0f : prob[r] * d[r];
+            top  = max(top, __float_as_uint(x[r]) & 0x7fffffff);
         }
-        top              = max(top, __shfl_xor_sync(0xffffffff, top, 1));
-        top              = max(top, __shfl_xor_sync(0xffffffff, top, 2));
+        top              = max(top, __shfl_xor_sync(0xffffffff, top, 4));
+        top              = max(top, __shfl_xor_sync(0xffffffff, top, 8));
+        top              = max(top, __shfl_xor_sync(0xffffffff, top, 16));
         const float most = __uint_as_float(top);
         const float unit = __fdividef(32512.0f, fmaxf(most, 1e-30f));
-        uint32_t    n[J][2];
 #pragma unroll
-        for (int j = 0; j < J; ++j) {
+        for (int k = 0; k < KEYS / 32; ++k) {
+            uint32_t number[4], high, low;
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                n[j][i] = __float_as_uint(x[j][i] * unit + (MAGIC + 128.0f));
+            for (int i = 0; i < 4; ++i) {
+                number[i] = __float_as_uint(x[4 * k + i] * unit + (MAGIC + 128.0f));
             }
-        }
-#pragma unroll
-        for (int k = 0; k < TILE / 32; ++k) {
-            split_bytes(n[4 * k][0], n[4 * k][1], n[4 * k + 1][0], n[4 * k + 1][1], a[k].x, a[k].y);
-            split_bytes(n[4 * k + 2][0], n[4 * k + 2][1], n[4 * k + 3][0], n[4 * k + 3][1], a[k].z, a[k].w);
+            split_bytes(number[0], number[1], number[2], number[3], high, low);
+            b[k] = exchange(high, low, lane);
         }
         return (most + (most - most)) * (1.0f / 32512.0f);
-    }
-
-    // ---- the mask
-
-    // The mask's values for keys 8j + 2t and the next of a tile, as two fp16 each; hidden where there is no key.
-    static __device__ __forceinline__ void load_mask(const decode_params & p, const half * const (&mask)[MT], int first,
-                                                     int t, uint32_t (&x)[MT][J]) {
-        constexpr uint32_t HIDDEN = 0xfc00;  // -infinity
-        const bool         whole  = first + TILE <= p.n_kv;
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt) {
-            const uint16_t * m = (const uint16_t *) mask[mt] + first + 2 * t;
-            if (whole && (!p.mask || p.mask_pairs)) {
-#pragma unroll
-                for (int j = 0; j < J; ++j) {
-                    x[mt][j] = p.mask ? *(const uint32_t *) (m + 8 * j) : 0;
-                }
-                continue;
-            }
-#pragma unroll
-            for (int j = 0; j < J; ++j) {
-                const int left = p.n_kv - (first + 8 * j + 2 * t);
-                x[mt][j]       = (left < 1 ? HIDDEN : p.mask ? m[8 * j] : 0) |
-                           (left < 2 ? HIDDEN : p.mask ? m[8 * j + 1] : 0) << 16;
-            }
-        }
     }
 };
