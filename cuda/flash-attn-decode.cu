@@ -13,7 +13,8 @@
 #include "turbokv-tables.h"
 #include "turbokv-tile.h"
 
-#define COMBINE_THREADS 512
+#define COMBINE_THREADS     512
+#define DECODE_STATIC_BYTES 1024  // of shared memory: the barriers
 
 // One block per row: a query token of a head. Rows [n_stream][n_head][n_q] as flash_attn_decode has written them, `dst`
 // as the operation wants it, [n_stream][n_q][n_head][D].
@@ -192,7 +193,7 @@ static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int max_warp
                 continue;
             }
             const int k_row = row_plan(k, heads, true).row, v_row = row_plan(v, heads, false).row;
-            for (int stages = 4; stages >= 2; --stages) {
+            for (int stages = DECODE_MAX_STAGES; stages >= 2; --stages) {
                 const size_t bytes = plan.launch.shared_bytes(heads, warps / heads, stages, k_row, v_row);
                 if (bytes <= memory) {
                     plan.n_heads      = heads;
@@ -240,7 +241,7 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     if (!plan.launch.kernel) {
         return false;
     }
-    if (!fit_block(k, v, decode_max_warps(head_size, plan.column_tiles), gpu.smpbo, plan)) {
+    if (!fit_block(k, v, decode_max_warps(head_size, plan.column_tiles), gpu.smpbo - DECODE_STATIC_BYTES, plan)) {
         return false;
     }
 
@@ -325,6 +326,7 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         p.mask_nb3   = mask->nb[3];
         p.mask_ne2   = mask->ne[2];
         p.mask_ne3   = mask->ne[3];
+        p.mask_aligned = (mask->nb[1] | mask->nb[2] | mask->nb[3] | (uintptr_t) mask->data) % 8 == 0;
     }
     p.partial            = (float *) ((char *) dst->data + plan.partial);
     p.meta               = (float2 *) ((char *) dst->data + plan.meta);

@@ -22,6 +22,9 @@
 
 #include "flash-attn-tile.cuh"
 
+#define DECODE_MAX_WARPS  16
+#define DECODE_MAX_STAGES 4
+
 // Bytes of shared memory: the query's operands of each KV head, what they are worth, a row of floats for each warp;
 // then the stages of each group, where in the end the warps are merged.
 template <class tile> struct decode_shared {
@@ -47,21 +50,7 @@ static __device__ __forceinline__ void stage_rows(const decode_operand & x, cons
     const int  lanes  = 1 << x.lanes_log2;
     const int  piece  = lane & (lanes - 1);
     const int  step   = n_warps << (5 - x.lanes_log2);
-    const char * rows = data + first * x.nb1;
-    const int  offset = (uintptr_t) rows & 15;
-    if (x.aligned && first + KEYS <= n_kv) {
-        const int    first_row = (warp << (5 - x.lanes_log2)) + (lane >> x.lanes_log2);
-        const char * from      = rows + first_row * x.nb1 + 16 * piece;
-        uint8_t *    to        = stage + first_row * x.row + 16 * piece;
-        const int64_t from_step = step * x.nb1;
-        const int     to_step   = step * x.row;
-        for (int row = first_row; row < KEYS; row += step, from += from_step, to += to_step) {
-            for (int at = 16 * piece; at < x.slice; at += 16 * lanes) {
-                copy_async_16(to + at - 16 * piece, from + at - 16 * piece);
-            }
-        }
-        return;
-    }
+    const int  offset = (uintptr_t) (data + first * x.nb1) & 15;
     for (int row = (warp << (5 - x.lanes_log2)) + (lane >> x.lanes_log2); row < KEYS; row += step) {
         const uintptr_t from = (uintptr_t) (data + min(first + row, n_kv - 1) * x.nb1);
         const char *    base = (const char *) (from & ~(uintptr_t) 15);
@@ -70,6 +59,24 @@ static __device__ __forceinline__ void stage_rows(const decode_operand & x, cons
         for (int at = 16 * piece; at < end; at += 16 * lanes) {
             copy_async_16(to + at, base + at);
         }
+    }
+}
+
+// The same where rows are multiples of 16 bytes and begin there: a lane per row of K or V.
+template <int KEYS>
+static __device__ __forceinline__ void stage_rows_in_bulk(const decode_params & p, const char * k_data, const char * v_data,
+                                                          int first, uint8_t * k_stage, uint8_t * v_stage,
+                                                          bulk_barrier * barrier, int warp, int n_warps, int lane) {
+    const int thread = 32 * warp + lane;
+    if (thread == 0) {
+        bulk_barrier_expect(barrier, KEYS * (p.k.slice + p.v.slice));
+    }
+    for (int i = thread; i < 2 * KEYS; i += 32 * n_warps) {
+        const int  row  = i % KEYS;
+        const bool is_k = i < KEYS;
+        bulk_copy((is_k ? k_stage : v_stage) + row * (is_k ? p.k.row : p.v.row),
+                  (is_k ? k_data : v_data) + min(first + row, p.n_kv - 1) * (is_k ? p.k.nb1 : p.v.nb1),
+                  is_k ? p.k.slice : p.v.slice, barrier);
     }
 }
 
@@ -127,9 +134,28 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     const int    k_bytes     = KEYS * p.k.row + 16;
     const int    stage_bytes = memory::stage(p.k.row, p.v.row);
     stages += group * p.n_stage * stage_bytes;
+#ifdef TURBOKV_BULK_COPIES
+    const bool bulk = p.k.aligned && p.v.aligned;
+#else
+    constexpr bool bulk = false;
+#endif
+    __shared__ bulk_barrier arrived[DECODE_MAX_WARPS * DECODE_MAX_STAGES];
+    if (bulk) {
+        if (warp == 0) {
+            for (int i = lane; i < n_groups * p.n_stage; i += 32) {
+                bulk_barrier_init(&arrived[i]);
+            }
+        }
+        __syncthreads();
+    }
     const auto stage = [&](int tile, int slot) {
         if (tile < n_tiles) {
             uint8_t * to = stages + slot * stage_bytes;
+            if (bulk) {
+                stage_rows_in_bulk<KEYS>(p, k_data, v_data, tile * KEYS, to, to + k_bytes,
+                                         &arrived[group * p.n_stage + slot], head_of_block, p.n_head_block, lane);
+                return;
+            }
             stage_rows<KEYS>(p.k, k_data, tile * KEYS, p.n_kv, to, head_of_block, p.n_head_block, lane);
             stage_rows<KEYS>(p.v, v_data, tile * KEYS, p.n_kv, to + k_bytes, head_of_block, p.n_head_block, lane);
         }
@@ -179,7 +205,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     };
     {
         uint32_t seen[NT][tile::R / 2];
-        tile::load_mask(p, mask, first_tile * KEYS, g, seen);
+        tile::glance(p, mask, first_tile * KEYS, g, seen);
         look(seen);
     }
     __syncthreads();
@@ -206,13 +232,15 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         top[nt] = -INFINITY;
         sum[nt] = 0.0f;
     }
-    int slot = 0, next_slot = p.n_stage - 1;
+    int slot = 0, next_slot = p.n_stage - 1, parity = 0;
     for (int i = first_tile; i < n_tiles; i += step) {
         const int  first  = i * KEYS;
         const bool any    = any_next;
         const bool biased = biased_next;
 
-        if (p.n_stage == 2) {
+        if (bulk) {
+            bulk_barrier_wait(&arrived[group * p.n_stage + slot], parity);
+        } else if (p.n_stage == 2) {
             copy_async_wait<0>();
         } else if (p.n_stage == 3) {
             copy_async_wait<1>();
@@ -226,10 +254,13 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         const uint8_t * v_rows = stages + slot * stage_bytes + k_bytes +
                                  ((uintptr_t) (v_data + first * p.v.nb1) & 15) + head_of_block * tile::V_HEAD;
         next_slot = slot;
-        slot      = slot + 1 == p.n_stage ? 0 : slot + 1;
+        if (++slot == p.n_stage) {
+            slot = 0;
+            parity ^= 1;
+        }
 
         uint32_t seen_next[NT][tile::R / 2];
-        tile::load_mask(p, mask, first + step * KEYS, g, seen_next);
+        tile::glance(p, mask, first + step * KEYS, g, seen_next);
         if (!any) {
             look(seen_next);
             continue;

@@ -78,6 +78,64 @@ template <int pending> static __device__ __forceinline__ void copy_async_wait() 
     __syncwarp();
 }
 
+// ---- bulk copies, of which the copy engine does everything: rows of multiples of 16 bytes, aligned to 16
+
+#if __CUDA_ARCH__ >= 900
+#    define TURBOKV_BULK_COPIES
+#endif
+
+// A barrier in shared memory that counts the bytes that have arrived.
+typedef uint64_t bulk_barrier;
+
+static __device__ __forceinline__ void bulk_barrier_init(bulk_barrier * barrier) {
+#ifdef TURBOKV_BULK_COPIES
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((uint32_t) __cvta_generic_to_shared(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+    (void) barrier;
+#endif
+}
+
+// One thread says, once per use, how many bytes there will be.
+static __device__ __forceinline__ void bulk_barrier_expect(bulk_barrier * barrier, int bytes) {
+#ifdef TURBOKV_BULK_COPIES
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     (uint32_t) __cvta_generic_to_shared(barrier)),
+                 "r"(bytes)
+                 : "memory");
+#else
+    (void) barrier, (void) bytes;
+#endif
+}
+
+// `parity` is that of the number of the use.
+static __device__ __forceinline__ void bulk_barrier_wait(bulk_barrier * barrier, int parity) {
+#ifdef TURBOKV_BULK_COPIES
+    const uint32_t address = (uint32_t) __cvta_generic_to_shared(barrier);
+    int            done    = 0;
+    while (!done) {
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+            : "=r"(done)
+            : "r"(address), "r"(parity)
+            : "memory");
+    }
+#else
+    (void) barrier, (void) parity;
+#endif
+}
+
+static __device__ __forceinline__ void bulk_copy(void * shared, const void * global, int bytes, bulk_barrier * barrier) {
+#ifdef TURBOKV_BULK_COPIES
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     (uint32_t) __cvta_generic_to_shared(shared)),
+                 "l"(global), "r"(bytes), "r"((uint32_t) __cvta_generic_to_shared(barrier))
+                 : "memory");
+#else
+    (void) shared, (void) global, (void) bytes, (void) barrier;
+#endif
+}
+
 // 2^x, relative error 2^-22.
 static __device__ __forceinline__ float exp2_approx(float x) {
     float y;

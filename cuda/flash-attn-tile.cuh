@@ -44,6 +44,7 @@ struct decode_params {
     int64_t      q_nb1, q_nb2, q_nb3;
     const char * mask;  // fp16 [n_kv][n_q][1 or n_head][1 or n_stream], or NULL
     int64_t      mask_nb1, mask_nb2, mask_nb3;
+    bool         mask_aligned;  // rows begin at multiples of 8 bytes
     int          mask_ne2, mask_ne3;
 
     float *  partial;  // [n_stream][n_head][n_q][n_split][head size]: not normalized
@@ -309,6 +310,28 @@ template <int D, int NT, kv_format KF, kv_format VF> struct decode_tile {
                                (left < 9 ? HIDDEN : p.mask ? m[16 * r + 8] : 0) << 16;
                 }
             }
+        }
+    }
+
+    // The same in another order, a lane's share of the tile in one piece where it is aligned.
+    static __device__ __forceinline__ void glance(const decode_params & p, const half * const (&mask)[NT], int first, int g,
+                                                  uint32_t (&x)[NT][R / 2]) {
+        if (p.mask && (!p.mask_aligned || first + KEYS > p.n_kv)) {
+            load_mask(p, mask, first, g, x);
+            return;
+        }
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            const char * from = (const char *) (mask[nt] + first) + g * (R * sizeof(half));
+#pragma unroll
+            for (int r = 0; r < R / 2; r += 2) {
+                const uint2 y = p.mask ? *(const uint2 *) (from + r * 4) : make_uint2(0, 0);
+                x[nt][r]      = y.x;
+                x[nt][r + 1]  = y.y;
+            }
+        }
+        if (!p.mask && first + KEYS > p.n_kv) {
+            x[0][0] = 1;  // some keys are not there
         }
     }
 
