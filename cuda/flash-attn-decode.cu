@@ -14,7 +14,7 @@
 #include "turbokv-tile.h"
 
 #define COMBINE_THREADS     512
-#define DECODE_STATIC_BYTES 1024  // of shared memory: the barriers
+#define DECODE_STATIC_BYTES 2048  // of shared memory: the barriers
 
 // One block per row: a query token of a head. Rows [n_stream][n_head][n_q] as flash_attn_decode has written them, `dst`
 // as the operation wants it, [n_stream][n_q][n_head][D].
@@ -161,14 +161,14 @@ static decode_launch find_kernel(kv_format k, kv_format v, int head_size, int co
     return { nullptr, nullptr };
 }
 
-// What a block stages of rows of x: the part of n_heads heads. Rows begin at even addresses.
+// What a block stages of the rows of x: the part of n_heads heads. Rows begin at even addresses.
 struct row_plan {
     int  slice, pieces, row;
     bool aligned;  // to 16 bytes, wherever the tensor begins
 
     row_plan(const ggml_tensor * x, int n_heads, bool is_k) {
-        slice  = n_heads == 1 ? ggml_row_size(x->type, x->ne[0]) : n_heads * x->nb[2];
-        aligned = (x->nb[1] | x->nb[2] | x->nb[3] | x->view_offs | slice) % 16 == 0;
+        slice   = n_heads == 1 ? ggml_row_size(x->type, x->ne[0]) : n_heads * x->nb[2];
+        aligned = (slice | x->nb[1] | x->nb[2] * n_heads | x->nb[3] | x->view_offs) % 16 == 0;
         pieces  = aligned ? slice / 16 : (14 + slice + 15) / 16;
         // Banks: the lanes that read together are in 8 neighbouring rows of K, and in 4 of V.
         row = 16 * (is_k ? pieces | 1 : pieces + (6 - pieces % 4) % 4) + x->nb[1] % 16;
@@ -179,12 +179,14 @@ struct decode_plan {
     operand_format k, v;
     decode_launch  launch;
     int            n_columns, column_tiles, n_column_tiles, n_heads, n_groups, n_stage, n_split, n_rows;
+    bool           bulk;
     size_t         shared_bytes;
     size_t         partial, meta, end;  // in bytes from dst->data
 };
 
 // As many warps as possible, of as many KV heads as possible, with as many stages as fit into shared memory.
-static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int max_warps, size_t memory, decode_plan & plan) {
+static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int max_warps, size_t memory, bool can_bulk,
+                      decode_plan & plan) {
     const int64_t head_bytes[] = { (int64_t) ggml_row_size(k->type, k->ne[0]), (int64_t) ggml_row_size(v->type, v->ne[0]) };
     for (int warps = max_warps; warps >= 1; warps /= 2) {
         for (int heads = std::min<int64_t>(warps, k->ne[2]); heads >= 1; --heads) {
@@ -192,13 +194,14 @@ static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int max_warp
                 (heads > 1 && ((int64_t) k->nb[2] != head_bytes[0] || (int64_t) v->nb[2] != head_bytes[1]))) {
                 continue;
             }
-            const int k_row = row_plan(k, heads, true).row, v_row = row_plan(v, heads, false).row;
+            const row_plan k_rows(k, heads, true), v_rows(v, heads, false);
             for (int stages = DECODE_MAX_STAGES; stages >= 2; --stages) {
-                const size_t bytes = plan.launch.shared_bytes(heads, warps / heads, stages, k_row, v_row);
+                const size_t bytes = plan.launch.shared_bytes(heads, warps / heads, stages, k_rows.row, v_rows.row);
                 if (bytes <= memory) {
                     plan.n_heads      = heads;
                     plan.n_groups     = warps / heads;
                     plan.n_stage      = stages;
+                    plan.bulk         = can_bulk && k_rows.aligned && v_rows.aligned;
                     plan.shared_bytes = bytes;
                     return true;
                 }
@@ -241,7 +244,8 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     if (!plan.launch.kernel) {
         return false;
     }
-    if (!fit_block(k, v, decode_max_warps(head_size, plan.column_tiles), gpu.smpbo - DECODE_STATIC_BYTES, plan)) {
+    if (!fit_block(k, v, decode_max_warps(head_size, plan.column_tiles), gpu.smpbo - DECODE_STATIC_BYTES,
+                   gpu.cc >= GGML_CUDA_CC_HOPPER, plan)) {
         return false;
     }
 
@@ -275,8 +279,10 @@ size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst) {
     return make_plan(device, dst, plan) ? plan.end : 0;
 }
 
-static decode_operand make_operand(const ggml_tensor * x, const operand_format & f, int n_heads, bool is_k) {
-    const row_plan rows(x, n_heads, is_k);
+static decode_operand make_operand(const ggml_tensor * x, const operand_format & f, const decode_plan & plan, bool is_k) {
+    const row_plan rows(x, plan.n_heads, is_k);
+    GGML_ASSERT(!rows.aligned || (uintptr_t) x->data % 16 == 0);
+
     decode_operand o = {};
     o.data           = (const char *) x->data;
     o.nb1            = x->nb[1];
@@ -284,8 +290,6 @@ static decode_operand make_operand(const ggml_tensor * x, const operand_format &
     o.nb3            = x->nb[3];
     o.row            = rows.row;
     o.slice          = rows.slice;
-    o.aligned        = rows.aligned;
-    GGML_ASSERT(!o.aligned || (uintptr_t) x->data % 16 == 0);
     while (o.lanes_log2 < 5 && 1 << o.lanes_log2 < rows.pieces) {
         o.lanes_log2++;
     }
@@ -311,8 +315,9 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * sinks = dst->src[4];
 
     decode_params p = {};
-    p.k             = make_operand(k, plan.k, plan.n_heads, true);
-    p.v             = make_operand(v, plan.v, plan.n_heads, false);
+    p.k             = make_operand(k, plan.k, plan, true);
+    p.v             = make_operand(v, plan.v, plan, false);
+    p.bulk          = plan.bulk;
     p.q             = (const char *) q->data;
     p.q_nb1         = q->nb[1];
     p.q_nb2         = q->nb[2];

@@ -62,21 +62,17 @@ static __device__ __forceinline__ void stage_rows(const decode_operand & x, cons
     }
 }
 
-// The same where rows are multiples of 16 bytes and begin there: a lane per row of K or V.
+// The same through the copy engine, by the threads of a group; what is behind the last key is left as it is.
 template <int KEYS>
-static __device__ __forceinline__ void stage_rows_in_bulk(const decode_params & p, const char * k_data, const char * v_data,
-                                                          int first, uint8_t * k_stage, uint8_t * v_stage,
-                                                          bulk_barrier * barrier, int warp, int n_warps, int lane) {
-    const int thread = 32 * warp + lane;
+static __device__ __forceinline__ void stage_in_bulk(const decode_operand & x, const char * data, int first, int n_kv,
+                                                     uint8_t * stage, bulk_barrier * barrier, int thread, int n_threads) {
+    const int    n_keys = min(KEYS, n_kv - first);
+    const char * from   = data + first * x.nb1;
     if (thread == 0) {
-        bulk_barrier_expect(barrier, KEYS * (p.k.slice + p.v.slice));
+        bulk_barrier_expect(barrier, n_keys * x.slice);
     }
-    for (int i = thread; i < 2 * KEYS; i += 32 * n_warps) {
-        const int  row  = i % KEYS;
-        const bool is_k = i < KEYS;
-        bulk_copy((is_k ? k_stage : v_stage) + row * (is_k ? p.k.row : p.v.row),
-                  (is_k ? k_data : v_data) + min(first + row, p.n_kv - 1) * (is_k ? p.k.nb1 : p.v.nb1),
-                  is_k ? p.k.slice : p.v.slice, barrier);
+    for (int row = thread; row < n_keys; row += n_threads) {
+        bulk_copy(stage + row * x.row, from + row * x.nb1, x.slice, barrier);
     }
 }
 
@@ -135,29 +131,33 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     const int    stage_bytes = memory::stage(p.k.row, p.v.row);
     stages += group * p.n_stage * stage_bytes;
 #ifdef TURBOKV_BULK_COPIES
-    const bool bulk = p.k.aligned && p.v.aligned;
+    const bool bulk = p.bulk;
 #else
     constexpr bool bulk = false;
 #endif
-    __shared__ bulk_barrier arrived[DECODE_MAX_WARPS * DECODE_MAX_STAGES];
+    __shared__ bulk_barrier arrived[DECODE_MAX_WARPS * DECODE_MAX_STAGES][2];  // [group][slot]; of K and of V
     if (bulk) {
         if (warp == 0) {
             for (int i = lane; i < n_groups * p.n_stage; i += 32) {
-                bulk_barrier_init(&arrived[i]);
+                bulk_barrier_init(&arrived[i][0]);
+                bulk_barrier_init(&arrived[i][1]);
             }
         }
         __syncthreads();
     }
     const auto stage = [&](int tile, int slot) {
         if (tile < n_tiles) {
-            uint8_t * to = stages + slot * stage_bytes;
+            const int first = tile * KEYS;
+            uint8_t * to    = stages + slot * stage_bytes;
             if (bulk) {
-                stage_rows_in_bulk<KEYS>(p, k_data, v_data, tile * KEYS, to, to + k_bytes,
-                                         &arrived[group * p.n_stage + slot], head_of_block, p.n_head_block, lane);
+                bulk_barrier * barriers = arrived[group * p.n_stage + slot];
+                const int      thread = 32 * head_of_block + lane, n_threads = 32 * p.n_head_block;
+                stage_in_bulk<KEYS>(p.k, k_data, first, p.n_kv, to, &barriers[0], thread, n_threads);
+                stage_in_bulk<KEYS>(p.v, v_data, first, p.n_kv, to + k_bytes, &barriers[1], thread, n_threads);
                 return;
             }
-            stage_rows<KEYS>(p.k, k_data, tile * KEYS, p.n_kv, to, head_of_block, p.n_head_block, lane);
-            stage_rows<KEYS>(p.v, v_data, tile * KEYS, p.n_kv, to + k_bytes, head_of_block, p.n_head_block, lane);
+            stage_rows<KEYS>(p.k, k_data, first, p.n_kv, to, head_of_block, p.n_head_block, lane);
+            stage_rows<KEYS>(p.v, v_data, first, p.n_kv, to + k_bytes, head_of_block, p.n_head_block, lane);
         }
         copy_async_commit();  // an empty group of copies, too: waiting counts them
     };
@@ -239,7 +239,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         const bool biased = biased_next;
 
         if (bulk) {
-            bulk_barrier_wait(&arrived[group * p.n_stage + slot], parity);
+            bulk_barrier_wait(&arrived[group * p.n_stage + slot][0], parity);
         } else if (p.n_stage == 2) {
             copy_async_wait<0>();
         } else if (p.n_stage == 3) {
@@ -253,6 +253,9 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
                                  head_of_block * tile::K_HEAD;
         const uint8_t * v_rows = stages + slot * stage_bytes + k_bytes +
                                  ((uintptr_t) (v_data + first * p.v.nb1) & 15) + head_of_block * tile::V_HEAD;
+        bulk_barrier * v_arrived = &arrived[group * p.n_stage + slot][1];
+        const int      v_parity  = parity;
+
         next_slot = slot;
         if (++slot == p.n_stage) {
             slot = 0;
@@ -263,6 +266,9 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         tile::glance(p, mask, first + step * KEYS, g, seen_next);
         if (!any) {
             look(seen_next);
+            if (bulk) {
+                bulk_barrier_wait(v_arrived, v_parity);
+            }
             continue;
         }
         float s[NT][tile::R];
@@ -288,6 +294,9 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             weight[nt] *= p.v.step;
+        }
+        if (bulk) {
+            bulk_barrier_wait(v_arrived, v_parity);
         }
         tile::add_values(p, v_rows, s, weight, lane, o);
     }

@@ -30,7 +30,6 @@ struct decode_operand {
     int          row;            // bytes from row to row in shared memory, = nb1 modulo 16
     int          slice;          // bytes of a row that a block stages: those of its KV heads
     int          lanes_log2;     // so many lanes copy a row
-    bool         aligned;        // slice and rows are multiples of 16 bytes
     bool         interleaved;    // tbqN: neighbouring fields are neighbouring values
     bool         rotated;        //   and the values are rotated
     float        step;           // value = scale * step * level
@@ -39,6 +38,7 @@ struct decode_operand {
 
 struct decode_params {
     decode_operand k, v;
+    bool           bulk;  // slices of rows of both begin and end at multiples of 16 bytes
 
     const char * q;  // float [head size][n_q][n_head][n_stream]
     int64_t      q_nb1, q_nb2, q_nb3;
