@@ -163,29 +163,51 @@ static decode_launch find_kernel(kv_format k, kv_format v, int head_size, int co
 
 // What a block stages of the rows of x: the part of n_heads heads. Rows begin at even addresses.
 struct row_plan {
-    int  slice, pieces, row;
-    bool aligned;  // to 16 bytes, wherever the tensor begins
+    int         slice, pieces, row;
+    decode_copy copy;
 
-    row_plan(const ggml_tensor * x, int n_heads, bool is_k) {
-        slice   = n_heads == 1 ? ggml_row_size(x->type, x->ne[0]) : n_heads * x->nb[2];
-        aligned = (slice | x->nb[1] | x->nb[2] * n_heads | x->nb[3] | x->view_offs) % 16 == 0;
-        pieces  = aligned ? slice / 16 : (14 + slice + 15) / 16;
-        // Banks: the lanes that read together are in 8 neighbouring rows of K, and in 4 of V.
-        row = 16 * (is_k ? pieces | 1 : pieces + (6 - pieces % 4) % 4) + x->nb[1] % 16;
+    row_plan() = default;
+
+    // Banks: the lanes that read together are in 8 neighbouring rows of K, or in every other of 8 of V. With an odd
+    // number of 16-byte pieces from row to row, none wants another's bank.
+    row_plan(const ggml_tensor * x, int n_heads, int keys) {
+        const int64_t nb1  = x->nb[1];
+        const bool    here = (x->nb[2] * n_heads | x->nb[3] | x->view_offs) % 16 == 0;  // tiles begin at pieces
+        slice              = n_heads == 1 ? ggml_row_size(x->type, x->ne[0]) : n_heads * x->nb[2];
+        if (here && slice == nb1 && keys % n_heads == 0 && keys / n_heads * nb1 % 16 == 0 && x->ne[1] * nb1 % 16 == 0 &&
+            nb1 % 32 != 0) {
+            copy   = COPY_SHARE;
+            pieces = (slice + 15) / 16;
+            row    = slice;
+        } else if (here && (slice | nb1) % 16 == 0) {
+            copy   = COPY_ROWS;
+            pieces = slice / 16;
+            row    = 16 * (pieces | 1);
+        } else {
+            copy   = COPY_PIECES;
+            pieces = (14 + slice + 15) / 16;
+            row    = 16 * (pieces | 1) + nb1 % 16;
+        }
+    }
+
+    void in_pieces(const ggml_tensor * x) {
+        copy   = COPY_PIECES;
+        pieces = (14 + slice + 15) / 16;
+        row    = 16 * (pieces | 1) + x->nb[1] % 16;
     }
 };
 
 struct decode_plan {
     operand_format k, v;
+    row_plan       k_rows, v_rows;
     decode_launch  launch;
     int            n_columns, column_tiles, n_column_tiles, n_heads, n_groups, n_stage, n_split, n_rows;
-    bool           bulk;
     size_t         shared_bytes;
     size_t         partial, meta, end;  // in bytes from dst->data
 };
 
 // As many warps as possible, of as many KV heads as possible, with as many stages as fit into shared memory.
-static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int max_warps, size_t memory, bool can_bulk,
+static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int keys, int max_warps, size_t memory, bool can_bulk,
                       decode_plan & plan) {
     const int64_t head_bytes[] = { (int64_t) ggml_row_size(k->type, k->ne[0]), (int64_t) ggml_row_size(v->type, v->ne[0]) };
     for (int warps = max_warps; warps >= 1; warps /= 2) {
@@ -194,14 +216,20 @@ static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int max_warp
                 (heads > 1 && ((int64_t) k->nb[2] != head_bytes[0] || (int64_t) v->nb[2] != head_bytes[1]))) {
                 continue;
             }
-            const row_plan k_rows(k, heads, true), v_rows(v, heads, false);
+            row_plan   k_rows(k, heads, keys), v_rows(v, heads, keys);
+            const bool bulk = can_bulk && k_rows.copy != COPY_PIECES && v_rows.copy != COPY_PIECES;
+            if (!bulk) {
+                k_rows.in_pieces(k);
+                v_rows.in_pieces(v);
+            }
             for (int stages = DECODE_MAX_STAGES; stages >= 2; --stages) {
                 const size_t bytes = plan.launch.shared_bytes(heads, warps / heads, stages, k_rows.row, v_rows.row);
                 if (bytes <= memory) {
                     plan.n_heads      = heads;
                     plan.n_groups     = warps / heads;
                     plan.n_stage      = stages;
-                    plan.bulk         = can_bulk && k_rows.aligned && v_rows.aligned;
+                    plan.k_rows       = k_rows;
+                    plan.v_rows       = v_rows;
                     plan.shared_bytes = bytes;
                     return true;
                 }
@@ -244,14 +272,15 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     if (!plan.launch.kernel) {
         return false;
     }
-    if (!fit_block(k, v, decode_max_warps(head_size, plan.column_tiles), gpu.smpbo - DECODE_STATIC_BYTES,
+    const int keys = decode_keys(head_size, plan.column_tiles,
+                                 ggml_row_size(k->type, head_size) + ggml_row_size(v->type, head_size));
+    if (!fit_block(k, v, keys, decode_max_warps(head_size, plan.column_tiles), gpu.smpbo - DECODE_STATIC_BYTES,
                    gpu.cc >= GGML_CUDA_CC_HOPPER, plan)) {
         return false;
     }
 
     // The keys are split so that all blocks run at once; if there are more than fit, the last wave is well filled.
     const int64_t n_parts     = k->ne[2] / plan.n_heads * q->ne[3] * plan.n_column_tiles;
-    const int64_t keys        = decode_keys(head_size, plan.column_tiles, ggml_row_size(k->type, head_size) + ggml_row_size(v->type, head_size));
     const int64_t n_tiles     = (k->ne[1] + keys - 1) / keys;
     const int64_t most_splits = std::max<int64_t>(1, (n_tiles + plan.n_groups - 1) / plan.n_groups);
     plan.n_split              = std::min(std::max<int64_t>(1, gpu.nsm / n_parts), most_splits);
@@ -279,9 +308,8 @@ size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst) {
     return make_plan(device, dst, plan) ? plan.end : 0;
 }
 
-static decode_operand make_operand(const ggml_tensor * x, const operand_format & f, const decode_plan & plan, bool is_k) {
-    const row_plan rows(x, plan.n_heads, is_k);
-    GGML_ASSERT(!rows.aligned || (uintptr_t) x->data % 16 == 0);
+static decode_operand make_operand(const ggml_tensor * x, const operand_format & f, const row_plan & rows) {
+    GGML_ASSERT(rows.copy == COPY_PIECES || (uintptr_t) x->data % 16 == 0);
 
     decode_operand o = {};
     o.data           = (const char *) x->data;
@@ -290,6 +318,7 @@ static decode_operand make_operand(const ggml_tensor * x, const operand_format &
     o.nb3            = x->nb[3];
     o.row            = rows.row;
     o.slice          = rows.slice;
+    o.copy           = rows.copy;
     while (o.lanes_log2 < 5 && 1 << o.lanes_log2 < rows.pieces) {
         o.lanes_log2++;
     }
@@ -315,9 +344,8 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * sinks = dst->src[4];
 
     decode_params p = {};
-    p.k             = make_operand(k, plan.k, plan, true);
-    p.v             = make_operand(v, plan.v, plan, false);
-    p.bulk          = plan.bulk;
+    p.k             = make_operand(k, plan.k, plan.k_rows);
+    p.v             = make_operand(v, plan.v, plan.v_rows);
     p.q             = (const char *) q->data;
     p.q_nb1         = q->nb[1];
     p.q_nb2         = q->nb[2];

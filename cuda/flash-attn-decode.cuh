@@ -62,17 +62,24 @@ static __device__ __forceinline__ void stage_rows(const decode_operand & x, cons
     }
 }
 
-// The same through the copy engine, by the threads of a group; what is behind the last key is left as it is.
+// The same through the copy engine, every warp its share; what is behind the last key is left as it is.
 template <int KEYS>
 static __device__ __forceinline__ void stage_in_bulk(const decode_operand & x, const char * data, int first, int n_kv,
-                                                     uint8_t * stage, bulk_barrier * barrier, int thread, int n_threads) {
-    const int    n_keys = min(KEYS, n_kv - first);
-    const char * from   = data + first * x.nb1;
-    if (thread == 0) {
-        bulk_barrier_expect(barrier, n_keys * x.slice);
+                                                     uint8_t * stage, bulk_barrier * barrier, int warp, int n_warps,
+                                                     int lane) {
+    const int share = (KEYS + n_warps - 1) / n_warps;
+    const int begin = warp * share;
+    const int n     = min(share, min(KEYS, n_kv - first) - begin);
+    const char * from = data + (first + begin) * x.nb1;
+    uint8_t *    to   = stage + begin * x.row;
+    if (x.copy == COPY_SHARE) {
+        if (lane == 0 && n > 0) {
+            bulk_copy(to, from, n * x.slice, barrier);
+        }
+        return;
     }
-    for (int row = thread; row < n_keys; row += n_threads) {
-        bulk_copy(stage + row * x.row, from + row * x.nb1, x.slice, barrier);
+    for (int row = lane; row < n; row += 32) {
+        bulk_copy(to + row * x.row, from + row * x.nb1, x.slice, barrier);
     }
 }
 
@@ -131,16 +138,15 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     const int    stage_bytes = memory::stage(p.k.row, p.v.row);
     stages += group * p.n_stage * stage_bytes;
 #ifdef TURBOKV_BULK_COPIES
-    const bool bulk = p.bulk;
+    const bool bulk = p.k.copy != COPY_PIECES;
 #else
     constexpr bool bulk = false;
 #endif
-    __shared__ bulk_barrier arrived[DECODE_MAX_WARPS * DECODE_MAX_STAGES][2];  // [group][slot]; of K and of V
+    __shared__ bulk_barrier arrived[DECODE_MAX_WARPS * DECODE_MAX_STAGES];  // [group][slot]
     if (bulk) {
         if (warp == 0) {
             for (int i = lane; i < n_groups * p.n_stage; i += 32) {
-                bulk_barrier_init(&arrived[i][0]);
-                bulk_barrier_init(&arrived[i][1]);
+                bulk_barrier_init(&arrived[i]);
             }
         }
         __syncthreads();
@@ -150,10 +156,12 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
             const int first = tile * KEYS;
             uint8_t * to    = stages + slot * stage_bytes;
             if (bulk) {
-                bulk_barrier * barriers = arrived[group * p.n_stage + slot];
-                const int      thread = 32 * head_of_block + lane, n_threads = 32 * p.n_head_block;
-                stage_in_bulk<KEYS>(p.k, k_data, first, p.n_kv, to, &barriers[0], thread, n_threads);
-                stage_in_bulk<KEYS>(p.v, v_data, first, p.n_kv, to + k_bytes, &barriers[1], thread, n_threads);
+                bulk_barrier * barrier = &arrived[group * p.n_stage + slot];
+                if (head_of_block == 0 && lane == 0) {
+                    bulk_barrier_expect(barrier, min(KEYS, p.n_kv - first) * (p.k.slice + p.v.slice));
+                }
+                stage_in_bulk<KEYS>(p.k, k_data, first, p.n_kv, to, barrier, head_of_block, p.n_head_block, lane);
+                stage_in_bulk<KEYS>(p.v, v_data, first, p.n_kv, to + k_bytes, barrier, head_of_block, p.n_head_block, lane);
                 return;
             }
             stage_rows<KEYS>(p.k, k_data, first, p.n_kv, to, head_of_block, p.n_head_block, lane);
@@ -239,7 +247,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         const bool biased = biased_next;
 
         if (bulk) {
-            bulk_barrier_wait(&arrived[group * p.n_stage + slot][0], parity);
+            bulk_barrier_wait(&arrived[group * p.n_stage + slot], parity);
         } else if (p.n_stage == 2) {
             copy_async_wait<0>();
         } else if (p.n_stage == 3) {
@@ -253,9 +261,6 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
                                  head_of_block * tile::K_HEAD;
         const uint8_t * v_rows = stages + slot * stage_bytes + k_bytes +
                                  ((uintptr_t) (v_data + first * p.v.nb1) & 15) + head_of_block * tile::V_HEAD;
-        bulk_barrier * v_arrived = &arrived[group * p.n_stage + slot][1];
-        const int      v_parity  = parity;
-
         next_slot = slot;
         if (++slot == p.n_stage) {
             slot = 0;
@@ -266,9 +271,6 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         tile::glance(p, mask, first + step * KEYS, g, seen_next);
         if (!any) {
             look(seen_next);
-            if (bulk) {
-                bulk_barrier_wait(v_arrived, v_parity);
-            }
             continue;
         }
         float s[NT][tile::R];
@@ -294,9 +296,6 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             weight[nt] *= p.v.step;
-        }
-        if (bulk) {
-            bulk_barrier_wait(v_arrived, v_parity);
         }
         tile::add_values(p, v_rows, s, weight, lane, o);
     }

@@ -23,13 +23,21 @@ constexpr __host__ __device__ int decode_keys(int head_size, int column_tiles, i
     return head_size * column_tiles <= 128 && bytes_per_key <= 104 ? 64 : 32;
 }
 
+// How rows get into shared memory.
+enum decode_copy {
+    COPY_PIECES,  // 16 bytes at a time, whatever the alignment; then both operands
+    COPY_ROWS,    // by the copy engine, row by row: slices that begin and end at multiples of 16 bytes
+    COPY_SHARE,   // by the copy engine, all rows of a warp's share at once: a slice is the whole row
+};
+
 // One of K and V.
 struct decode_operand {
     const char * data;
     int64_t      nb1, nb2, nb3;  // bytes from key to key, KV head to KV head, stream to stream
     int          row;            // bytes from row to row in shared memory, = nb1 modulo 16
     int          slice;          // bytes of a row that a block stages: those of its KV heads
-    int          lanes_log2;     // so many lanes copy a row
+    int          lanes_log2;     // so many lanes copy a row in pieces
+    decode_copy  copy;
     bool         interleaved;    // tbqN: neighbouring fields are neighbouring values
     bool         rotated;        //   and the values are rotated
     float        step;           // value = scale * step * level
@@ -38,7 +46,6 @@ struct decode_operand {
 
 struct decode_params {
     decode_operand k, v;
-    bool           bulk;  // slices of rows of both begin and end at multiples of 16 bytes
 
     const char * q;  // float [head size][n_q][n_head][n_stream]
     int64_t      q_nb1, q_nb2, q_nb3;
@@ -394,11 +401,11 @@ template <int D, int NT, kv_format KF, kv_format VF> struct decode_tile {
     }
 
     // What the lanes hold of P -> an operand. Lane 4g + t has a word of the high and one of the low parts for k group g of
-    // column t; it needs groups t and 4 + t of column g / 2, high for an even g.
+    // column t; it needs groups 2t and 2t + 1 of column g / 2, high for an even g.
     static __device__ __forceinline__ uint2 exchange(uint32_t high, uint32_t low, int lane) {
-        const int      from = 4 * (lane & 3) + (lane >> 3);
-        const uint32_t h0 = __shfl_sync(0xffffffff, high, from), h1 = __shfl_sync(0xffffffff, high, from + 16);
-        const uint32_t l0 = __shfl_sync(0xffffffff, low, from), l1 = __shfl_sync(0xffffffff, low, from + 16);
+        const int      from = 8 * (lane & 3) + (lane >> 3);
+        const uint32_t h0 = __shfl_sync(0xffffffff, high, from), h1 = __shfl_sync(0xffffffff, high, from + 4);
+        const uint32_t l0 = __shfl_sync(0xffffffff, low, from), l1 = __shfl_sync(0xffffffff, low, from + 4);
         return lane & 4 ? make_uint2(l0, l1) : make_uint2(h0, h1);
     }
 
@@ -423,11 +430,11 @@ template <int D, int NT, kv_format KF, kv_format VF> struct decode_tile {
                 float4 c[NT] = { };
 #pragma unroll
                 for (int k = 0; k < KEYS / 16; ++k) {  // values 2g and 2g + 1 of four keys
-                    const uint8_t * row = rows + (16 * k + t) * p.v.row + 32 * pair + 4 * g;
+                    const uint8_t * row = rows + (16 * k + 2 * t) * p.v.row + 32 * pair + 4 * g;
                     const uint32_t  x0 = load_u32(row), x8 = load_u32(row + 8 * p.v.row);
-                    const uint32_t  x4 = load_u32(row + 4 * p.v.row), x12 = load_u32(row + 12 * p.v.row);
+                    const uint32_t  x1 = load_u32(row + p.v.row), x9 = load_u32(row + 9 * p.v.row);
                     const uint4     a  = { permute_bytes(x0, x8, 0x5410), permute_bytes(x0, x8, 0x7632),
-                                           permute_bytes(x4, x12, 0x5410), permute_bytes(x4, x12, 0x7632) };
+                                           permute_bytes(x1, x9, 0x5410), permute_bytes(x1, x9, 0x7632) };
 #pragma unroll
                     for (int nt = 0; nt < NT; ++nt) {
                         c[nt] = mma_f16(a, b[nt][k].x, b[nt][k].y, c[nt]);
@@ -451,10 +458,11 @@ template <int D, int NT, kv_format KF, kv_format VF> struct decode_tile {
                 for (int r = 0; r < R; ++r) {
                     d[r] = load_half(part_of_row + (8 * r + g) * p.v.row + v_codec::SCALE);
                 }
-                raw packed[STEPS][2][4];  // keys 32 step + 8i + 4 half + t
+                raw packed[STEPS][2][4];  // keys 32 step + 8i + 2t + half
 #pragma unroll
                 for (int i = 0; i < STEPS * 8; ++i) {
-                    packed[i / 8][i % 2][i / 2 % 4] = v_codec::load(part_of_row + (4 * i + t) * p.v.row, g);
+                    packed[i / 8][i % 2][i / 2 % 4] =
+                        v_codec::load(part_of_row + (8 * (i / 2) + 2 * t + i % 2) * p.v.row, g);
                 }
                 uint2 b[NT][STEPS];
                 float unit[NT];
