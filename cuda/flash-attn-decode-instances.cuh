@@ -1,5 +1,5 @@
-// The attention kernels for few queries are compiled in one file per format of V (flash-attn-decode-v-*.cu), so that they
-// compile in parallel. A file defines the one function that finds its kernels.
+// The attention kernels for few queries are compiled in one file per format of V (flash-attn-decode-v-*.cu), so that
+// they compile in parallel. A file defines the one function that finds its kernels.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// Included by flash-attn-decode-v-*.cu: the kernels for one format of V. At least one of K and V is ours; tbq3 has no blocks
-// of 64 values.
+// Included by flash-attn-decode-v-*.cu: the kernels for one format of V. At least one of K and V is ours; tbq3 has no
+// blocks of 64 values.
 
 #pragma once
 
@@ -8,9 +8,10 @@
 #include "flash-attn-decode-instances.cuh"
 #include "flash-attn-decode.cuh"
 
-template <int D, int NT, kv_format KF, kv_format VF> static decode_launch decode_launch_of() {
-    constexpr bool exists = (kv_format_is_ours(KF) || kv_format_is_ours(VF)) &&
-                            (D != 64 || (KF != KV_STREAM3 && VF != KV_STREAM3));
+template <int D, int NT, kv_format KF, kv_format VF>
+static decode_launch decode_launch_of() {
+    constexpr bool exists =
+        (kv_format_is_ours(KF) || kv_format_is_ours(VF)) && (D != 64 || (KF != KV_STREAM3 && VF != KV_STREAM3));
     if constexpr (exists) {
         return { flash_attn_decode<D, NT, KF, VF>, decode_shared<decode_tile<D, NT, KF, VF>>::all };
     } else {
@@ -18,7 +19,8 @@ template <int D, int NT, kv_format KF, kv_format VF> static decode_launch decode
     }
 }
 
-template <int D, int NT, kv_format VF> static decode_launch decode_launch_by_k(kv_format k) {
+template <int D, int NT, kv_format VF>
+static decode_launch decode_launch_by_k(kv_format k) {
     switch (k) {
         case KV_PLANE2:
             return decode_launch_of<D, NT, KV_PLANE2, VF>();
@@ -39,7 +41,8 @@ template <int D, int NT, kv_format VF> static decode_launch decode_launch_by_k(k
 }
 
 // As many accumulators as registers hold: up to 16 columns.
-template <kv_format VF> static decode_launch decode_launch_for(kv_format k, int head_size, int column_tiles) {
+template <kv_format VF>
+static decode_launch decode_launch_for(kv_format k, int head_size, int column_tiles) {
     switch (head_size * 8 + column_tiles) {
         case 64 * 8 + 1:
             return decode_launch_by_k<64, 1, VF>(k);

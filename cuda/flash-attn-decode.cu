@@ -19,10 +19,9 @@
 // One block per row: a query token of a head. Rows [n_stream][n_head][n_q] as flash_attn_decode has written them, `dst`
 // as the operation wants it, [n_stream][n_q][n_head][D].
 template <int D>
-__launch_bounds__(COMBINE_THREADS)
-static __global__ void flash_attn_combine(const float * partial, const float2 * meta, const float * sinks, float * dst,
-                                          const int n_q, const int n_head, const int n_split, const bool rotated,
-                                          const uint4 srht_signs) {
+__launch_bounds__(COMBINE_THREADS) static __global__
+    void flash_attn_combine(const float * partial, const float2 * meta, const float * sinks, float * dst, const int n_q,
+                            const int n_head, const int n_split, const bool rotated, const uint4 srht_signs) {
     constexpr int GROUPS = COMBINE_THREADS / D;
     const int     row    = blockIdx.x;
     const int     head   = row / n_q % n_head;
@@ -68,7 +67,7 @@ static __global__ void flash_attn_combine(const float * partial, const float2 * 
     if (rotated) {
         if constexpr (D % 128 == 0) {
             ((float *) totals)[value] = total;
-            __syncwarp();  // of a warp's own 32 values ..
+            __syncwarp();                                         // of a warp's own 32 values ..
             asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");  // .. to those of its block of 128
             if (value < D / 4) {
                 const int      lane     = value % 32;
@@ -85,8 +84,8 @@ static __global__ void flash_attn_combine(const float * partial, const float2 * 
             total = ((float *) totals)[value];
         }
     }
-    const int q      = row % n_q;
-    const int stream = row / n_q / n_head;
+    const int q                                                     = row % n_q;
+    const int stream                                                = row / n_q / n_head;
     dst[(((int64_t) stream * n_q + q) * n_head + head) * D + value] = total;
 }
 
@@ -207,9 +206,10 @@ struct decode_plan {
 };
 
 // As many warps as possible, of as many KV heads as possible, with as many stages as fit into shared memory.
-static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int keys, int max_warps, size_t memory, bool can_bulk,
-                      decode_plan & plan) {
-    const int64_t head_bytes[] = { (int64_t) ggml_row_size(k->type, k->ne[0]), (int64_t) ggml_row_size(v->type, v->ne[0]) };
+static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int keys, int max_warps, size_t memory,
+                      bool can_bulk, decode_plan & plan) {
+    const int64_t head_bytes[] = { (int64_t) ggml_row_size(k->type, k->ne[0]),
+                                   (int64_t) ggml_row_size(v->type, v->ne[0]) };
     for (int warps = max_warps; warps >= 1; warps /= 2) {
         for (int heads = std::min<int64_t>(warps, k->ne[2]); heads >= 1; --heads) {
             if (k->ne[2] % heads != 0 ||
@@ -240,9 +240,9 @@ static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int keys, in
 }
 
 static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
-    const ggml_tensor * q = dst->src[0];
-    const ggml_tensor * k = dst->src[1];
-    const ggml_tensor * v = dst->src[2];
+    const ggml_tensor * q   = dst->src[0];
+    const ggml_tensor * k   = dst->src[1];
+    const ggml_tensor * v   = dst->src[2];
     const auto &        gpu = ggml_cuda_info().devices[device];
 
     const int64_t head_size = k->ne[0];
@@ -267,8 +267,9 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     for (plan.column_tiles = 1; plan.column_tiles < most && DECODE_COLUMNS * plan.column_tiles < plan.n_columns;) {
         plan.column_tiles *= 2;
     }
-    plan.n_column_tiles = (plan.n_columns + DECODE_COLUMNS * plan.column_tiles - 1) / (DECODE_COLUMNS * plan.column_tiles);
-    plan.launch         = find_kernel(plan.k.format, plan.v.format, head_size, plan.column_tiles);
+    plan.n_column_tiles =
+        (plan.n_columns + DECODE_COLUMNS * plan.column_tiles - 1) / (DECODE_COLUMNS * plan.column_tiles);
+    plan.launch = find_kernel(plan.k.format, plan.v.format, head_size, plan.column_tiles);
     if (!plan.launch.kernel) {
         return false;
     }
@@ -322,7 +323,7 @@ static decode_operand make_operand(const ggml_tensor * x, const operand_format &
     while (o.lanes_log2 < 5 && 1 << o.lanes_log2 < rows.pieces) {
         o.lanes_log2++;
     }
-    o.step           = 1.0f;
+    o.step = 1.0f;
     if (f.table) {
         o.interleaved = f.table->interleaved;
         o.rotated     = f.table->rotates;
@@ -353,26 +354,26 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     p.mask_ne2      = 1;
     p.mask_ne3      = 1;
     if (mask) {
-        p.mask       = (const char *) mask->data;
-        p.mask_nb1   = mask->nb[1];
-        p.mask_nb2   = mask->nb[2];
-        p.mask_nb3   = mask->nb[3];
-        p.mask_ne2   = mask->ne[2];
-        p.mask_ne3   = mask->ne[3];
+        p.mask         = (const char *) mask->data;
+        p.mask_nb1     = mask->nb[1];
+        p.mask_nb2     = mask->nb[2];
+        p.mask_nb3     = mask->nb[3];
+        p.mask_ne2     = mask->ne[2];
+        p.mask_ne3     = mask->ne[3];
         p.mask_aligned = (mask->nb[1] | mask->nb[2] | mask->nb[3] | (uintptr_t) mask->data) % 8 == 0;
     }
-    p.partial            = (float *) ((char *) dst->data + plan.partial);
-    p.meta               = (float2 *) ((char *) dst->data + plan.meta);
-    p.n_kv               = k->ne[1];
-    p.n_q                = q->ne[1];
-    p.n_head             = q->ne[2];
-    p.gqa                = q->ne[2] / k->ne[2];
-    p.gqa_inverse        = ((1u << 22) + p.gqa - 1) / p.gqa;
-    p.n_stream_q_per_kv  = q->ne[3] / k->ne[3];
-    p.n_head_block       = plan.n_heads;
-    p.n_stage            = plan.n_stage;
-    p.n_split            = plan.n_split;
-    p.n_column_tiles     = plan.n_column_tiles;
+    p.partial           = (float *) ((char *) dst->data + plan.partial);
+    p.meta              = (float2 *) ((char *) dst->data + plan.meta);
+    p.n_kv              = k->ne[1];
+    p.n_q               = q->ne[1];
+    p.n_head            = q->ne[2];
+    p.gqa               = q->ne[2] / k->ne[2];
+    p.gqa_inverse       = ((1u << 22) + p.gqa - 1) / p.gqa;
+    p.n_stream_q_per_kv = q->ne[3] / k->ne[3];
+    p.n_head_block      = plan.n_heads;
+    p.n_stage           = plan.n_stage;
+    p.n_split           = plan.n_split;
+    p.n_column_tiles    = plan.n_column_tiles;
     memcpy(&p.scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&p.max_bias, (const float *) dst->op_params + 1, sizeof(float));
     memcpy(&p.softcap, (const float *) dst->op_params + 2, sizeof(float));
@@ -390,14 +391,15 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const dim3         blocks(k->ne[2] / plan.n_heads, plan.n_split, plan.n_column_tiles * q->ne[3]);
     CUDA_CHECK(cudaFuncSetAttribute((const void *) plan.launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int) plan.shared_bytes));
-    ggml_cuda_kernel_launch(plan.launch.kernel, { blocks, dim3(32, plan.n_heads * plan.n_groups), plan.shared_bytes, stream }, p);
+    ggml_cuda_kernel_launch(plan.launch.kernel,
+                            { blocks, dim3(32, plan.n_heads * plan.n_groups), plan.shared_bytes, stream }, p);
 
-    const uint4   signs       = { p.srht_signs[0], p.srht_signs[1], p.srht_signs[2], p.srht_signs[3] };
-    const float * sinks_data  = sinks ? (const float *) sinks->data : nullptr;
-    const auto    combine     = k->ne[0] == 64  ? flash_attn_combine<64> :
-                                k->ne[0] == 128 ? flash_attn_combine<128> :
-                                                  flash_attn_combine<256>;
-    ggml_cuda_kernel_launch(combine, { dim3(plan.n_rows), dim3(COMBINE_THREADS), 0, stream }, p.partial, p.meta, sinks_data,
-                            (float *) dst->data, p.n_q, p.n_head, p.n_split, p.v.rotated, signs);
+    const uint4   signs      = { p.srht_signs[0], p.srht_signs[1], p.srht_signs[2], p.srht_signs[3] };
+    const float * sinks_data = sinks ? (const float *) sinks->data : nullptr;
+    const auto    combine    = k->ne[0] == 64    ? flash_attn_combine<64>
+                               : k->ne[0] == 128 ? flash_attn_combine<128>
+                                                 : flash_attn_combine<256>;
+    ggml_cuda_kernel_launch(combine, { dim3(plan.n_rows), dim3(COMBINE_THREADS), 0, stream }, p.partial, p.meta,
+                            sinks_data, (float *) dst->data, p.n_q, p.n_head, p.n_split, p.v.rotated, signs);
     return true;
 }

@@ -1,12 +1,13 @@
 // The attention kernel for few queries: FLASH_ATTN_EXT with 1 to 16 query tokens over a packed cache.
 //
-//   flash_attn_decode   a block stages tiles of 64 or 32 whole rows of the cache, of up to 16 KV heads. A warp has one KV head,
+//   flash_attn_decode   a block stages tiles of 64 or 32 whole rows of the cache, of up to 16 KV heads. A warp has one
+//   KV head,
 //                       and all query heads that share it; it keeps a running softmax. With fewer heads than warps,
 //                       groups of warps take turns with the tiles, and are merged in the end.
 //   flash_attn_combine  (flash-attn-decode.cu) merges the blocks, adds the sinks, rotates back what tbqN has rotated
 //
-// A column is a query of the group: (query token, query head of the KV head), head fastest. Queries and probabilities are
-// 16-bit fixed point numbers, so that products with int8 levels cost no accuracy: tensor cores have rate to spare.
+// A column is a query of the group: (query token, query head of the KV head), head fastest. Queries and probabilities
+// are 16-bit fixed point numbers, so that products with int8 levels cost no accuracy: tensor cores have rate to spare.
 //
 // K is scored as sum(q16 * level) * (scale of the key's block) * step. V is summed with p * (scale of the key's block)
 // as the probability, relative to the greatest of the tile, so that the fixed point fits whatever the scores are.
@@ -20,6 +21,7 @@
 
 #pragma once
 
+#include "common.cuh"
 #include "flash-attn-tile.cuh"
 
 #define DECODE_MAX_WARPS  16
@@ -27,7 +29,8 @@
 
 // Bytes of shared memory: the query's operands of each KV head, what they are worth, a row of floats for each warp;
 // then the stages of each group, where in the end the warps are merged.
-template <class tile> struct decode_shared {
+template <class tile>
+struct decode_shared {
     static constexpr int OPERANDS = tile::COLUMNS / DECODE_COLUMNS * tile::K_STEPS * 32 * 8;
     static constexpr int MERGE    = tile::COLUMNS * (tile::V_TILES * 8 * 4 + 8);  // of a warp
 
@@ -47,10 +50,10 @@ template <class tile> struct decode_shared {
 template <int KEYS>
 static __device__ __forceinline__ void stage_rows(const decode_operand & x, const char * data, int first, int n_kv,
                                                   uint8_t * stage, int warp, int n_warps, int lane) {
-    const int  lanes  = 1 << x.lanes_log2;
-    const int  piece  = lane & (lanes - 1);
-    const int  step   = n_warps << (5 - x.lanes_log2);
-    const int  offset = (uintptr_t) (data + first * x.nb1) & 15;
+    const int lanes  = 1 << x.lanes_log2;
+    const int piece  = lane & (lanes - 1);
+    const int step   = n_warps << (5 - x.lanes_log2);
+    const int offset = (uintptr_t) (data + first * x.nb1) & 15;
     for (int row = (warp << (5 - x.lanes_log2)) + (lane >> x.lanes_log2); row < KEYS; row += step) {
         const uintptr_t from = (uintptr_t) (data + min(first + row, n_kv - 1) * x.nb1);
         const char *    base = (const char *) (from & ~(uintptr_t) 15);
@@ -67,11 +70,11 @@ template <int KEYS>
 static __device__ __forceinline__ void stage_in_bulk(const decode_operand & x, const char * data, int first, int n_kv,
                                                      uint8_t * stage, bulk_barrier * barrier, int warp, int n_warps,
                                                      int lane) {
-    const int share = (KEYS + n_warps - 1) / n_warps;
-    const int begin = warp * share;
-    const int n     = min(share, min(KEYS, n_kv - first) - begin);
-    const char * from = data + (first + begin) * x.nb1;
-    uint8_t *    to   = stage + begin * x.row;
+    const int    share = (KEYS + n_warps - 1) / n_warps;
+    const int    begin = warp * share;
+    const int    n     = min(share, min(KEYS, n_kv - first) - begin);
+    const char * from  = data + (first + begin) * x.nb1;
+    uint8_t *    to    = stage + begin * x.row;
     if (x.copy == COPY_SHARE) {
         if (lane == 0 && n > 0) {
             bulk_copy(to, from, n * x.slice, barrier);
@@ -93,13 +96,13 @@ static __device__ __forceinline__ void group_barrier(int group, int n_warps) {
 }
 
 template <int D, int NT, kv_format KF, kv_format VF>
-__launch_bounds__(32 * decode_max_warps(D, NT), 1)
-static __global__ void flash_attn_decode(const __grid_constant__ decode_params p) {
+__launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
+    void flash_attn_decode(const __grid_constant__ decode_params p) {
 #if __CUDA_ARCH__ >= 750
-    using tile             = decode_tile<D, NT, KF, VF>;
-    using memory           = decode_shared<tile>;
-    constexpr int COLUMNS  = tile::COLUMNS;
-    constexpr int KEYS     = tile::KEYS;
+    using tile            = decode_tile<D, NT, KF, VF>;
+    using memory          = decode_shared<tile>;
+    constexpr int COLUMNS = tile::COLUMNS;
+    constexpr int KEYS    = tile::KEYS;
 
     const int lane = threadIdx.x, warp = threadIdx.y, n_warps = blockDim.y;
     const int g = lane >> 2, t = lane & 3;
@@ -114,10 +117,10 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     const int n_columns     = min(COLUMNS, p.n_q * p.gqa - first_column);
 
     extern __shared__ __align__(16) uint8_t shared[];
-    uint32_t * operands = (uint32_t *) (shared + head_of_block * memory::OPERANDS);
-    float *    units    = (float *) (shared + p.n_head_block * memory::OPERANDS) + head_of_block * COLUMNS;
-    float *    scratch  = (float *) (shared + p.n_head_block * (memory::OPERANDS + COLUMNS * 4)) + warp * D;
-    uint8_t *  stages   = shared + memory::head(p.n_head_block, n_warps);
+    uint32_t *                              operands = (uint32_t *) (shared + head_of_block * memory::OPERANDS);
+    float *   units   = (float *) (shared + p.n_head_block * memory::OPERANDS) + head_of_block * COLUMNS;
+    float *   scratch = (float *) (shared + p.n_head_block * (memory::OPERANDS + COLUMNS * 4)) + warp * D;
+    uint8_t * stages  = shared + memory::head(p.n_head_block, n_warps);
 
     // Query token and query head of column c of a KV head; behind the last column, those of the last.
     const auto place_of = [&](int c, int kv_head) {
@@ -137,11 +140,11 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     const int    k_bytes     = KEYS * p.k.row + 16;
     const int    stage_bytes = memory::stage(p.k.row, p.v.row);
     stages += group * p.n_stage * stage_bytes;
-#ifdef TURBOKV_BULK_COPIES
+#    ifdef TURBOKV_BULK_COPIES
     const bool bulk = p.k.copy != COPY_PIECES;
-#else
+#    else
     constexpr bool bulk = false;
-#endif
+#    endif
     __shared__ bulk_barrier arrived[DECODE_MAX_WARPS * DECODE_MAX_STAGES];  // [group][slot]
     if (bulk) {
         if (warp == 0) {
@@ -161,7 +164,8 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
                     bulk_barrier_expect(barrier, min(KEYS, p.n_kv - first) * (p.k.slice + p.v.slice));
                 }
                 stage_in_bulk<KEYS>(p.k, k_data, first, p.n_kv, to, barrier, head_of_block, p.n_head_block, lane);
-                stage_in_bulk<KEYS>(p.v, v_data, first, p.n_kv, to + k_bytes, barrier, head_of_block, p.n_head_block, lane);
+                stage_in_bulk<KEYS>(p.v, v_data, first, p.n_kv, to + k_bytes, barrier, head_of_block, p.n_head_block,
+                                    lane);
                 return;
             }
             stage_rows<KEYS>(p.k, k_data, first, p.n_kv, to, head_of_block, p.n_head_block, lane);
@@ -184,7 +188,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     }
     float        slope[NT];
     const half * mask[NT];
-#pragma unroll
+#    pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
         const int2 place = place_of(DECODE_COLUMNS * nt + t, kv_head);
         slope[nt]        = LOG2E;
@@ -198,11 +202,11 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     // Whether any column sees any key of a tile, and whether the mask says more than that all are seen. Known a tile
     // ahead, from loads that are under way while K is scored.
     bool       any_next, biased_next;
-    const auto look = [&](const uint32_t (&seen)[NT][tile::R / 2]) {
+    const auto look = [&](const uint32_t(&seen)[NT][tile::R / 2]) {
         any_next = biased_next = false;
-#pragma unroll
+#    pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
+#    pragma unroll
             for (int r = 0; r < tile::R / 2; ++r) {
                 any_next    = any_next || seen[nt][r] != tile::HIDDEN * 0x10001;
                 biased_next = biased_next || seen[nt][r] != 0;
@@ -221,21 +225,21 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     const uint2 *                 q_shared = (const uint2 *) operands;
     typename tile::query_operands q;
     if constexpr (tile::Q_IN_REGISTERS) {
-#pragma unroll
+#    pragma unroll
         for (int i = 0; i < NT * tile::K_STEPS; ++i) {
             q[i] = q_shared[i * 32 + lane];
         }
     }
     float q_unit[NT];
-#pragma unroll
+#    pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
         q_unit[nt] = units[DECODE_COLUMNS * nt + t] * p.scale * p.k.step * (p.softcap == 0.0f ? LOG2E : 1.0f);
     }
 
     // 3. The tiles.
-    float o[NT][tile::V_TILES] = { };
+    float o[NT][tile::V_TILES] = {};
     float top[NT], sum[NT];
-#pragma unroll
+#    pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
         top[nt] = -INFINITY;
         sum[nt] = 0.0f;
@@ -257,10 +261,10 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         }
         group_barrier(group, p.n_head_block);  // all have this tile, and nobody needs the one before it
         stage(i + (p.n_stage - 1) * step, next_slot);
-        const uint8_t * k_rows = stages + slot * stage_bytes + ((uintptr_t) (k_data + first * p.k.nb1) & 15) +
-                                 head_of_block * tile::K_HEAD;
-        const uint8_t * v_rows = stages + slot * stage_bytes + k_bytes +
-                                 ((uintptr_t) (v_data + first * p.v.nb1) & 15) + head_of_block * tile::V_HEAD;
+        const uint8_t * k_rows =
+            stages + slot * stage_bytes + ((uintptr_t) (k_data + first * p.k.nb1) & 15) + head_of_block * tile::K_HEAD;
+        const uint8_t * v_rows = stages + slot * stage_bytes + k_bytes + ((uintptr_t) (v_data + first * p.v.nb1) & 15) +
+                                 head_of_block * tile::V_HEAD;
         next_slot = slot;
         if (++slot == p.n_stage) {
             slot = 0;
@@ -285,15 +289,15 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
 
         float weight[NT], factor[NT];
         if (tile::softmax(s, top, sum, weight, factor)) {
-#pragma unroll
+#    pragma unroll
             for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
+#    pragma unroll
                 for (int n = 0; n < tile::V_TILES; ++n) {
                     o[nt][n] *= factor[nt];
                 }
             }
         }
-#pragma unroll
+#    pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
             weight[nt] *= p.v.step;
         }
@@ -307,7 +311,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
     stages                = shared + memory::head(p.n_head_block, n_warps);
     const auto merge_o    = [&](int w) { return (float *) (stages + w * memory::MERGE); };
     const auto merge_meta = [&](int w) { return (float2 *) (merge_o(w) + COLUMNS * D); };
-#pragma unroll
+#    pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
         sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 4);
         sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 8);
@@ -317,7 +321,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
             merge_meta(warp)[c] = make_float2(top[nt], sum[nt]);
         }
         if (c < n_columns) {
-#pragma unroll
+#    pragma unroll
             for (int n = 0; n < tile::V_TILES; ++n) {
                 merge_o(warp)[c * D + tile::v_place(p, n, g)] = o[nt][n];
             }
@@ -328,7 +332,7 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
         const int2    place = place_of(c, kv_head);
         const int64_t at    = (((int64_t) stream * p.n_head + place.y) * p.n_q + place.x) * p.n_split + split;
 
-        float most = -INFINITY, total = 0.0f, value[D / 32] = { };
+        float most = -INFINITY, total = 0.0f, value[D / 32] = {};
         for (int w = head_of_block; w < n_warps; w += p.n_head_block) {
             most = fmaxf(most, merge_meta(w)[c].x);
         }
@@ -336,12 +340,12 @@ static __global__ void flash_attn_decode(const __grid_constant__ decode_params p
             const float2 m      = merge_meta(w)[c];
             const float  weight = m.x == -INFINITY && m.y == 0.0f ? 0.0f : exp2_approx(m.x - most);
             total += m.y * weight;
-#pragma unroll
+#    pragma unroll
             for (int i = 0; i < D / 32; ++i) {
                 value[i] += merge_o(w)[c * D + 32 * i + lane] * weight;
             }
         }
-#pragma unroll
+#    pragma unroll
         for (int i = 0; i < D / 32; ++i) {
             p.partial[at * D + 32 * i + lane] = value[i];
         }

@@ -79,7 +79,8 @@ static __device__ __forceinline__ uint32_t look_up(const level_table & table, ui
 
 // ---- table formats: indices into 4, 8 or 16 levels
 
-template <kv_format format, int B> struct table_codec {
+template <kv_format format, int B>
+struct table_codec {
     static_assert(B == 128 || (B == 64 && format != KV_STREAM3), "no such type");
 
     static constexpr int  BITS      = format == KV_PLANE2 ? 2 : format == KV_PLANE4 ? 4 : 3;
@@ -157,7 +158,7 @@ template <kv_format format, int B> struct table_codec {
             const raw r = load(block, g);
 #pragma unroll
             for (int w = 0; w < WORDS; ++w) {
-                const uint32_t x          = nibbles(r, g, w);
+                const uint32_t x        = nibbles(r, g, w);
                 b[upper * WORDS + w][0] = look_up<FOUR_BITS, false>(table, x);
                 b[upper * WORDS + w][1] = look_up<FOUR_BITS, true>(table, x);
             }
@@ -190,7 +191,8 @@ template <kv_format format, int B> struct table_codec {
 
 // ---- byte formats: q8_0, q4_0
 
-template <kv_format format> struct byte_codec {
+template <kv_format format>
+struct byte_codec {
     static constexpr int BLOCK = 32;
     static constexpr int BYTES = format == KV_Q8_0 ? 34 : 18;
     static constexpr int SCALE = 0;
@@ -249,20 +251,25 @@ struct f16_codec {
     static constexpr int BYTES = 2;
 };
 
-template <kv_format format, int D> struct kv_codec_of {
+template <kv_format format, int D>
+struct kv_codec_of {
     using type = table_codec<format, D == 64 ? 64 : 128>;
 };
 
-template <int D> struct kv_codec_of<KV_Q8_0, D> {
+template <int D>
+struct kv_codec_of<KV_Q8_0, D> {
     using type = byte_codec<KV_Q8_0>;
 };
 
-template <int D> struct kv_codec_of<KV_Q4_0, D> {
+template <int D>
+struct kv_codec_of<KV_Q4_0, D> {
     using type = byte_codec<KV_Q4_0>;
 };
 
-template <int D> struct kv_codec_of<KV_F16, D> {
+template <int D>
+struct kv_codec_of<KV_F16, D> {
     using type = f16_codec;
 };
 
-template <kv_format format, int D> using kv_codec = typename kv_codec_of<format, D>::type;
+template <kv_format format, int D>
+using kv_codec = typename kv_codec_of<format, D>::type;

@@ -71,7 +71,8 @@ static __device__ __forceinline__ void copy_async_commit() {
 }
 
 // Waits until at most `pending` groups of this warp's threads are under way.
-template <int pending> static __device__ __forceinline__ void copy_async_wait() {
+template <int pending>
+static __device__ __forceinline__ void copy_async_wait() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 #endif
@@ -89,7 +90,8 @@ typedef uint64_t bulk_barrier;
 
 static __device__ __forceinline__ void bulk_barrier_init(bulk_barrier * barrier) {
 #ifdef TURBOKV_BULK_COPIES
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((uint32_t) __cvta_generic_to_shared(barrier)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"((uint32_t) __cvta_generic_to_shared(barrier))
+                 : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #else
     (void) barrier;
@@ -99,10 +101,10 @@ static __device__ __forceinline__ void bulk_barrier_init(bulk_barrier * barrier)
 // One thread says, once per use, how many bytes there will be.
 static __device__ __forceinline__ void bulk_barrier_expect(bulk_barrier * barrier, int bytes) {
 #ifdef TURBOKV_BULK_COPIES
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     (uint32_t) __cvta_generic_to_shared(barrier)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((uint32_t) __cvta_generic_to_shared(barrier)),
+        "r"(bytes)
+        : "memory");
 #else
     (void) barrier, (void) bytes;
 #endif
@@ -114,18 +116,18 @@ static __device__ __forceinline__ void bulk_barrier_wait(bulk_barrier * barrier,
     const uint32_t address = (uint32_t) __cvta_generic_to_shared(barrier);
     int            done    = 0;
     while (!done) {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-            : "=r"(done)
-            : "r"(address), "r"(parity)
-            : "memory");
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                     : "=r"(done)
+                     : "r"(address), "r"(parity)
+                     : "memory");
     }
 #else
     (void) barrier, (void) parity;
 #endif
 }
 
-static __device__ __forceinline__ void bulk_copy(void * shared, const void * global, int bytes, bulk_barrier * barrier) {
+static __device__ __forceinline__ void bulk_copy(void * shared, const void * global, int bytes,
+                                                 bulk_barrier * barrier) {
 #ifdef TURBOKV_BULK_COPIES
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      (uint32_t) __cvta_generic_to_shared(shared)),

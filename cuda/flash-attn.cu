@@ -3,8 +3,8 @@
 
 #include "flash-attn.cuh"
 
-#include "ggml-cuda/fattn.cuh"
 #include "convert.cuh"
+#include "ggml-cuda/fattn.cuh"
 
 // Of K and V in fp16, as many KV heads as fit in here are converted at a time, at least one.
 #define SCRATCH_BYTES ((size_t) 64 << 20)
@@ -15,8 +15,8 @@ struct part {
 };
 
 struct convert_plan {
-    int64_t n_head_kv;          // at a time; all of them have the same
-    size_t  k, v, dst, end;     // bytes from dst->data; k, v = 0: is fp16 already
+    int64_t n_head_kv;       // at a time; all of them have the same
+    size_t  k, v, dst, end;  // bytes from dst->data; k, v = 0: is fp16 already
 };
 
 // `head` counts KV heads.
@@ -98,8 +98,8 @@ static convert_plan make_convert_plan(const ggml_tensor * dst) {
         plan.end        = GGML_PAD(plan.end + bytes, 128);
         return at;
     };
-    plan.k = allocate(plan.n_head_kv * k_head);
-    plan.v = allocate(plan.n_head_kv * v_head);
+    plan.k   = allocate(plan.n_head_kv * k_head);
+    plan.v   = allocate(plan.n_head_kv * v_head);
     // upstream's kernels write whole tensors
     plan.dst = plan.n_head_kv < k->ne[2] ? allocate(ggml_nbytes(dst) / (k->ne[2] / plan.n_head_kv) / dst->ne[3]) : 0;
     return plan;
