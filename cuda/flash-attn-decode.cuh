@@ -128,7 +128,14 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         const int token  = ((uint32_t) column * p.gqa_inverse) >> 22;
         return make_int2(token, kv_head * p.gqa + column - token * p.gqa);
     };
+    const auto query_of = [&](int c) {
+        const int2 place = place_of(c, kv_head);
+        return c < n_columns ? (const float *) (p.q + place.x * p.q_nb1 + place.y * p.q_nb2 + stream * p.q_nb3)
+                             : nullptr;
+    };
     ggml_cuda_pdl_sync();  // what is read from here on may be another kernel's output
+    float fetched[D / 32];
+    tile::fetch_query(query_of(group), fetched, lane);
 
     // 1. The first tiles of this group are on their way: every n_split * n_groups-th is its own.
     const int    kv_stream   = stream / p.n_stream_q_per_kv;
@@ -179,11 +186,15 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
 
     // 2. The query.
     for (int c = group; c < COLUMNS; c += n_groups) {
-        const int2    place = place_of(c, kv_head);
-        const float * q     = (const float *) (p.q + place.x * p.q_nb1 + place.y * p.q_nb2 + stream * p.q_nb3);
-        const float   unit  = tile::load_query(p, c < n_columns ? q : nullptr, scratch, operands, c, lane);
+        float next[D / 32];
+        tile::fetch_query(query_of(c + n_groups), next, lane);
+        const float unit = tile::store_query(p, fetched, scratch, operands, c, lane);
         if (lane == 0) {
             units[c] = unit;
+        }
+#    pragma unroll
+        for (int i = 0; i < D / 32; ++i) {
+            fetched[i] = next[i];
         }
     }
     float        slope[NT];

@@ -28,30 +28,43 @@ struct decode_tile {
 
     // ---- the query
 
-    // The query of column c among the operands, [NT][K_STEPS][lane][2]: rotated as K is, in the order of K's packed
-    // values. Returns what a product of the operand is worth. `scratch`: D floats of this warp. q NULL: zeros.
-    static __device__ __forceinline__ float load_query(const decode_params & p, const float * q, float * scratch,
-                                                       uint32_t * operands, int c, int lane) {
-        if constexpr (D % 128 == 0) {
-            if (p.k.rotated && q) {
-                __syncwarp();
+    static constexpr int Q_BLOCK    = D < 128 ? D : 128;  // what is rotated as one,
+    static constexpr int Q_PER_LANE = Q_BLOCK / 32;       // of which a lane has so many neighbours
+
+    // q NULL: zeros.
+    static __device__ __forceinline__ void fetch_query(const float * q, float (&x)[D / 32], int lane) {
 #pragma unroll
-                for (int block = 0; block < D / 128; ++block) {
-                    float y[4];
+        for (int i = 0; i < D / 32; ++i) {
+            x[i] = q ? q[Q_BLOCK * (i / Q_PER_LANE) + Q_PER_LANE * lane + i % Q_PER_LANE] : 0.0f;
+        }
+    }
+
+    // The query of column c among the operands, [NT][K_STEPS][lane][2]: rotated as K is, in the order of K's packed
+    // values. Returns what a product of the operand is worth. `scratch`: D floats of this warp.
+    static __device__ __forceinline__ float store_query(const decode_params & p, const float (&fetched)[D / 32],
+                                                        float * scratch, uint32_t * operands, int c, int lane) {
+#pragma unroll
+        for (int block = 0; block < D / Q_BLOCK; ++block) {
+            float y[4] = {};
+#pragma unroll
+            for (int i = 0; i < Q_PER_LANE; ++i) {
+                y[i] = fetched[Q_PER_LANE * block + i];
+            }
+            if constexpr (Q_BLOCK == 128) {
+                if (p.k.rotated) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        y[i] = q[128 * block + 4 * lane + i] * srht_sign(p.srht_signs, 4 * lane + i);
+                        y[i] *= srht_sign(p.srht_signs, 4 * lane + i);
                     }
                     hadamard_128(y, lane);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        scratch[128 * block + 4 * lane + i] = y[i];
-                    }
                 }
-                __syncwarp();
-                q = scratch;
+            }
+#pragma unroll
+            for (int i = 0; i < Q_PER_LANE; ++i) {
+                scratch[Q_BLOCK * block + Q_PER_LANE * lane + i] = y[i];
             }
         }
+        __syncwarp();
         // Words of the operands: step, half, lane of four; this lane's are lane, lane + 32, ..
         constexpr int N_WORDS  = K_STEPS * 8;
         constexpr int PER_LANE = (N_WORDS + 31) / 32;
@@ -70,7 +83,7 @@ struct decode_tile {
                     constexpr int STEPS = k_codec::BLOCK / 32;
                     value = s / STEPS * k_codec::BLOCK + k_codec::k_place(s % STEPS, t, h, l, p.k.interleaved);
                 }
-                x[i][l] = q && word < N_WORDS ? q[value] : 0.0f;
+                x[i][l] = word < N_WORDS ? scratch[value] : 0.0f;
                 top     = max(top, __float_as_uint(x[i][l]) & 0x7fffffff);
             }
         }
@@ -103,6 +116,7 @@ struct decode_tile {
                 to[8] = low;  // lane 4(g + 1) + t
             }
         }
+        __syncwarp();                                    // of scratch
         return (most + (most - most)) * (1.0f / LIMIT);  // NaN if not finite
     }
 
