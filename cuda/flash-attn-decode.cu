@@ -13,7 +13,7 @@
 #include "turbokv-tables.h"
 #include "turbokv-tile.h"
 
-#define COMBINE_THREADS     512
+#define COMBINE_THREADS     1024
 #define DECODE_STATIC_BYTES 2048  // of shared memory: the barriers
 
 // One block per row: a query token of a head. Rows [n_stream][n_head][n_q] as flash_attn_decode has written them, `dst`
@@ -23,36 +23,70 @@ __launch_bounds__(COMBINE_THREADS) static __global__
     void flash_attn_combine(const float * partial, const float2 * meta, const float * sinks, float * dst, const int n_q,
                             const int n_head, const int n_split, const bool rotated, const uint4 srht_signs) {
     constexpr int GROUPS = COMBINE_THREADS / D;
+    constexpr int AHEAD  = 12;  // loads under way
     const int     row    = blockIdx.x;
     const int     head   = row / n_q % n_head;
-    const int     value  = threadIdx.x % D;
-    const int     group  = threadIdx.x / D;  // takes every GROUPS-th split
+    const int     thread = threadIdx.x;
+    const int     value  = thread % D;
+    const int     group  = thread / D;  // takes every GROUPS-th split
 
-    partial += (int64_t) row * n_split * D;
+    partial += (int64_t) row * n_split * D + value;
     meta += (int64_t) row * n_split;
     ggml_cuda_pdl_sync();
 
-    const float sink = sinks ? sinks[head] * LOG2E : -INFINITY;
-    float       top  = sink;
-    for (int i = 0; i < n_split; ++i) {
-        top = fmaxf(top, meta[i].x);
-    }
-    float sum   = group == 0 && sinks ? exp2_approx(sink - top) : 0.0f;
-    float total = 0.0f;
-#pragma unroll 4
-    for (int i = group; i < n_split; i += GROUPS) {
-        const float2 m      = meta[i];
-        const float  weight = m.x == -INFINITY && m.y == 0.0f ? 0.0f : exp2_approx(m.x - top);
-        sum += m.y * weight;
-        total += partial[(int64_t) i * D + value] * weight;
-    }
-
-    __shared__ float  sums[GROUPS];
+    // 1. What each split counts for, and the sum of all.
+    __shared__ float  weights[COMBINE_THREADS];
+    __shared__ float  tops[COMBINE_THREADS / 32], sums[COMBINE_THREADS / 32];
     __shared__ float4 totals[COMBINE_THREADS / 4];
-    if (value == 0) {
-        sums[group] = sum;
+
+    const float  sink = sinks ? sinks[head] * LOG2E : -INFINITY;
+    const float2 mine = thread < n_split ? meta[thread] : make_float2(-INFINITY, 0.0f);
+    float        part[AHEAD];  // of the first splits, before it is known what they count for
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        const int split = group + i * GROUPS;
+        part[i]         = split < n_split ? partial[(int64_t) split * D] : 0.0f;
     }
-    ((float *) totals)[threadIdx.x] = total;
+    float top = fmaxf(mine.x, sink);
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, distance));
+    }
+    if (thread % 32 == 0) {
+        tops[thread / 32] = top;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < COMBINE_THREADS / 32; ++i) {
+        top = fmaxf(top, tops[i]);
+    }
+    const float weight = mine.x == -INFINITY && mine.y == 0.0f ? 0.0f : exp2_approx(mine.x - top);
+    float       sum    = mine.y * weight;
+    weights[thread]    = weight;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    }
+    if (thread % 32 == 0) {
+        sums[thread / 32] = sum;
+    }
+    __syncthreads();
+
+    // 2. The values.
+    float total = 0.0f;
+    for (int first = group; first < n_split; first += AHEAD * GROUPS) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int split = first + i * GROUPS;
+            total += split < n_split ? part[i] * weights[split] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int split = first + (AHEAD + i) * GROUPS;
+            part[i]         = split < n_split ? partial[(int64_t) split * D] : 0.0f;
+        }
+    }
+    ((float *) totals)[thread] = total;
     __syncthreads();
     if (group != 0) {
         return;
@@ -60,6 +94,10 @@ __launch_bounds__(COMBINE_THREADS) static __global__
 #pragma unroll
     for (int i = 1; i < GROUPS; ++i) {
         total += ((float *) totals)[i * D + value];
+    }
+    sum = sinks ? exp2_approx(sink - top) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < COMBINE_THREADS / 32; ++i) {
         sum += sums[i];
     }
     total = sum == 0.0f ? 0.0f : total / sum;  // a query that sees nothing: zeros, as on the CPU
@@ -239,7 +277,7 @@ static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int keys, in
     return false;
 }
 
-static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
+static bool make_plan(int device, const ggml_tensor * dst, int64_t max_queries, decode_plan & plan) {
     const ggml_tensor * q   = dst->src[0];
     const ggml_tensor * k   = dst->src[1];
     const ggml_tensor * v   = dst->src[2];
@@ -247,7 +285,7 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
 
     const int64_t head_size = k->ne[0];
     if (!GGML_CUDA_CC_IS_NVIDIA(gpu.cc) || gpu.cc < GGML_CUDA_CC_TURING || v->ne[0] != head_size ||
-        q->ne[1] > TURBOKV_DECODE_MAX_QUERIES || !find_format(k->type, plan.k) || !find_format(v->type, plan.v)) {
+        q->ne[1] > max_queries || !find_format(k->type, plan.k) || !find_format(v->type, plan.v)) {
         return false;
     }
     const int block = head_size == 64 ? 64 : 128;
@@ -281,10 +319,11 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     }
 
     // The keys are split so that all blocks run at once; if there are more than fit, the last wave is well filled.
-    const int64_t n_parts     = k->ne[2] / plan.n_heads * q->ne[3] * plan.n_column_tiles;
-    const int64_t n_tiles     = (k->ne[1] + keys - 1) / keys;
-    const int64_t most_splits = std::max<int64_t>(1, (n_tiles + plan.n_groups - 1) / plan.n_groups);
-    plan.n_split              = std::min(std::max<int64_t>(1, gpu.nsm / n_parts), most_splits);
+    const int64_t n_parts = k->ne[2] / plan.n_heads * q->ne[3] * plan.n_column_tiles;
+    const int64_t n_tiles = (k->ne[1] + keys - 1) / keys;
+    const int64_t most_splits =
+        std::max<int64_t>(1, std::min<int64_t>((n_tiles + plan.n_groups - 1) / plan.n_groups, COMBINE_THREADS));
+    plan.n_split = std::min(std::max<int64_t>(1, gpu.nsm / n_parts), most_splits);
     if (n_parts > gpu.nsm / 8) {
         double best = 0.0;
         for (int64_t n = 1; n <= std::min<int64_t>(most_splits, 4 * gpu.nsm / n_parts + 1); ++n) {
@@ -304,9 +343,9 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     return true;
 }
 
-size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst) {
+size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst, int64_t max_queries) {
     decode_plan plan;
-    return make_plan(device, dst, plan) ? plan.end : 0;
+    return make_plan(device, dst, max_queries, plan) ? plan.end : 0;
 }
 
 static decode_operand make_operand(const ggml_tensor * x, const operand_format & f, const row_plan & rows) {
@@ -333,11 +372,9 @@ static decode_operand make_operand(const ggml_tensor * x, const operand_format &
     return o;
 }
 
-bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+void turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     decode_plan plan;
-    if (!make_plan(ctx.device, dst, plan)) {
-        return false;
-    }
+    GGML_ASSERT(make_plan(ctx.device, dst, INT64_MAX, plan));
     const ggml_tensor * q     = dst->src[0];
     const ggml_tensor * k     = dst->src[1];
     const ggml_tensor * v     = dst->src[2];
@@ -401,5 +438,4 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
                                                  : flash_attn_combine<256>;
     ggml_cuda_kernel_launch(combine, { dim3(plan.n_rows), dim3(COMBINE_THREADS), 0, stream }, p.partial, p.meta,
                             sinks_data, (float *) dst->data, p.n_q, p.n_head, p.n_split, p.v.rotated, signs);
-    return true;
 }

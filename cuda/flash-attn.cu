@@ -112,6 +112,13 @@ static bool can_convert(int device, const ggml_tensor * dst) {
             return false;
         }
     }
+    // Upstream's kernels are compiled with a softcap for these heads only, which its check does not say.
+    float softcap;
+    memcpy(&softcap, (const float *) dst->op_params + 2, sizeof(float));
+    const int64_t head_size = dst->src[1]->ne[0];
+    if (softcap != 0.0f && head_size != 128 && head_size != 256 && head_size != 512) {
+        return false;
+    }
     part x;
     make_part(dst, make_convert_plan(dst), 0, 0, x);
     return ggml_cuda_flash_attn_ext_supported(device, &x.dst);
@@ -151,6 +158,12 @@ static void flash_attn_converted(ggml_backend_cuda_context & ctx, ggml_tensor * 
     }
 }
 
+// 0: not this way.
+static size_t decode_alloc_size(int device, const ggml_tensor * dst) {
+    return turbokv_cuda_decode_alloc_size(device, dst,
+                                          can_convert(device, dst) ? TURBOKV_DECODE_MAX_QUERIES : INT64_MAX);
+}
+
 bool turbokv_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
@@ -159,16 +172,18 @@ bool turbokv_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) 
         k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] != 0 || k->ne[3] != v->ne[3] || q->ne[3] % k->ne[3] != 0) {
         return false;
     }
-    return turbokv_cuda_decode_alloc_size(device, dst) > 0 || can_convert(device, dst);
+    return decode_alloc_size(device, dst) > 0 || can_convert(device, dst);
 }
 
 size_t turbokv_cuda_flash_attn_ext_alloc_size(int device, const ggml_tensor * dst) {
-    const size_t decode = turbokv_cuda_decode_alloc_size(device, dst);
+    const size_t decode = decode_alloc_size(device, dst);
     return decode ? decode : make_convert_plan(dst).end;
 }
 
 void turbokv_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (!turbokv_cuda_decode(ctx, dst)) {
+    if (decode_alloc_size(ctx.device, dst) > 0) {
+        turbokv_cuda_decode(ctx, dst);
+    } else {
         flash_attn_converted(ctx, dst);
     }
 }

