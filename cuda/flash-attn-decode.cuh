@@ -1,9 +1,8 @@
 // The attention kernel for few queries: FLASH_ATTN_EXT with 1 to 16 query tokens over a packed cache.
 //
 //   flash_attn_decode   a block stages tiles of 64 or 32 whole rows of the cache, of up to 16 KV heads. A warp has one
-//   KV head,
-//                       and all query heads that share it; it keeps a running softmax. With fewer heads than warps,
-//                       groups of warps take turns with the tiles, and are merged in the end.
+//                       KV head, and all query heads that share it; it keeps a running softmax. With fewer heads than
+//                       warps, groups of warps take turns with the tiles, and are merged in the end.
 //   flash_attn_combine  (flash-attn-decode.cu) merges the blocks, adds the sinks, rotates back what tbqN has rotated
 //
 // A column is a query of the group: (query token, query head of the KV head), head fastest. Queries and probabilities
@@ -15,7 +14,7 @@
 //
 // Rows are staged whole because a head's part of a row is not aligned to the 32 bytes that memory moves: copied head by
 // head, twice the bytes went through the L2 cache, and that was the limit. In shared memory rows lie an odd number of
-// 16-byte pieces apart where the cache's rows are aligned: then no two lanes hit the same bank.
+// 16-byte pieces apart where the cache's rows allow it: then no two lanes hit the same bank.
 //
 // Truth: tests/c/test-turbokv-ops.cpp (float64); on the CPU turbokv-attention.c.
 
@@ -125,7 +124,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     // Query token and query head of column c of a KV head; behind the last column, those of the last.
     const auto place_of = [&](int c, int kv_head) {
         const int column = first_column + min(c, n_columns - 1);
-        const int token  = ((uint32_t) column * p.gqa_inverse) >> 22;
+        const int token  = (int) (((uint64_t) column * p.gqa_inverse) >> 22);
         return make_int2(token, kv_head * p.gqa + column - token * p.gqa);
     };
     const auto query_of = [&](int c) {

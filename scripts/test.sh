@@ -19,6 +19,7 @@ find cuda ggml-ext tests/c tests/cuda scripts -name generated -prune -o -name '*
     xargs clang-format --dry-run --Werror
 
 say "CUDA kernels"
+PATH=$PATH:/usr/local/cuda/bin   # where NVIDIA installs it
 if command -v nvcc >/dev/null; then   # compiled for one GPU, not run: scripts/gpu.sh does that
     mkdir -p build-cuda-check
     cmake -S . -B build-cuda-check -G Ninja -DPython3_EXECUTABLE="$PWD/.venv/bin/python" -DTURBOKV_CUDA=ON \
