@@ -71,7 +71,8 @@ def test_hooks_and_inserted_lines_are_counted_and_few() -> None:
     assert found
     hooks, lines, files = map(int, found.groups())
     built = json.loads((native.native_dir() / "turbokv-build.json").read_text())["hooks"]
-    assert hooks == len(built) < 25
+    assert hooks == len(built)
+    assert sum("/ggml-cuda/" not in hook["file"] for hook in built) < 25  # as test_hooks.py
     assert lines == sum(hook["lines"] for hook in built) < 40
     assert files == len({hook["file"] for hook in built})
     assert [hook["name"] for hook in built if f"  {hook['name']}:" not in report] == []
