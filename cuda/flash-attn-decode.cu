@@ -209,21 +209,21 @@ struct row_plan {
     // number of 16-byte pieces from row to row, none wants another's bank.
     row_plan(const ggml_tensor * x, int n_heads, int keys) {
         const int64_t nb1  = x->nb[1];
-        const bool    here = (x->nb[2] * n_heads | x->nb[3] | x->view_offs) % 16 == 0;  // tiles begin at pieces
+        const bool    here = (x->nb[2] * n_heads | x->nb[3] | x->view_offs | (uintptr_t) x->data) % 16 == 0;
         slice              = n_heads == 1 ? ggml_row_size(x->type, x->ne[0]) : n_heads * x->nb[2];
+        // The copy engine leaves what is behind the last key as it is, and f16 values are multiplied whatever they are.
+        const bool known   = x->type != GGML_TYPE_F16 || x->ne[1] % keys == 0;
         if (here && slice == nb1 && keys % n_heads == 0 && keys / n_heads * nb1 % 16 == 0 && x->ne[1] * nb1 % 16 == 0 &&
-            nb1 % 32 != 0) {
+            nb1 % 32 != 0 && known) {
             copy   = COPY_SHARE;
             pieces = (slice + 15) / 16;
             row    = slice;
-        } else if (here && (slice | nb1) % 16 == 0) {
+        } else if (here && (slice | nb1) % 16 == 0 && known) {
             copy   = COPY_ROWS;
             pieces = slice / 16;
             row    = 16 * (pieces | 1);
         } else {
-            copy   = COPY_PIECES;
-            pieces = (14 + slice + 15) / 16;
-            row    = 16 * (pieces | 1) + nb1 % 16;
+            in_pieces(x);
         }
     }
 
@@ -284,7 +284,7 @@ static bool make_plan(int device, const ggml_tensor * dst, int64_t max_queries, 
     const auto &        gpu = ggml_cuda_info().devices[device];
 
     const int64_t head_size = k->ne[0];
-    if (!GGML_CUDA_CC_IS_NVIDIA(gpu.cc) || gpu.cc < GGML_CUDA_CC_TURING || v->ne[0] != head_size ||
+    if (!GGML_CUDA_CC_IS_NVIDIA(gpu.cc) || !turing_mma_available(gpu.cc) || v->ne[0] != head_size ||
         q->ne[1] > max_queries || !find_format(k->type, plan.k) || !find_format(v->type, plan.v)) {
         return false;
     }
@@ -314,7 +314,7 @@ static bool make_plan(int device, const ggml_tensor * dst, int64_t max_queries, 
     const int keys = decode_keys(head_size, plan.column_tiles,
                                  ggml_row_size(k->type, head_size) + ggml_row_size(v->type, head_size));
     if (!fit_block(k, v, keys, decode_max_warps(head_size, plan.column_tiles), gpu.smpbo - DECODE_STATIC_BYTES,
-                   gpu.cc >= GGML_CUDA_CC_HOPPER, plan)) {
+                   ggml_cuda_highest_compiled_arch(gpu.cc) >= GGML_CUDA_CC_HOPPER, plan)) {
         return false;
     }
 
@@ -336,10 +336,16 @@ static bool make_plan(int device, const ggml_tensor * dst, int64_t max_queries, 
         }
     }
 
+    // Scratch for as many splits as there can be with any number of keys, any alignment and any part of the heads: the
+    // size is asked for once and kept, by an RPC client for all contexts, by a split model for all its devices.
+    const int64_t fewest_parts = (k->ne[2] + DECODE_MAX_WARPS - 1) / DECODE_MAX_WARPS * q->ne[3] * plan.n_column_tiles;
+    const int64_t max_split    = std::min<int64_t>(4 * gpu.nsm / fewest_parts + 1, COMBINE_THREADS);
+    GGML_ASSERT(plan.n_split <= max_split);
+
     plan.n_rows  = q->ne[1] * q->ne[2] * q->ne[3];
     plan.partial = GGML_PAD(ggml_nbytes(dst), 128);
-    plan.meta    = plan.partial + (size_t) plan.n_rows * plan.n_split * head_size * sizeof(float);
-    plan.end     = plan.meta + (size_t) plan.n_rows * plan.n_split * sizeof(float2);
+    plan.meta    = plan.partial + (size_t) plan.n_rows * max_split * head_size * sizeof(float);
+    plan.end     = plan.meta + (size_t) plan.n_rows * max_split * sizeof(float2);
     return true;
 }
 
@@ -349,8 +355,6 @@ size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst, int64
 }
 
 static decode_operand make_operand(const ggml_tensor * x, const operand_format & f, const row_plan & rows) {
-    GGML_ASSERT(rows.copy == COPY_PIECES || (uintptr_t) x->data % 16 == 0);
-
     decode_operand o = {};
     o.data           = (const char *) x->data;
     o.nb1            = x->nb[1];
@@ -405,7 +409,7 @@ void turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     p.n_q               = q->ne[1];
     p.n_head            = q->ne[2];
     p.gqa               = q->ne[2] / k->ne[2];
-    p.gqa_inverse       = ((1u << 22) + p.gqa - 1) / p.gqa;
+    p.gqa_inverse       = ((UINT64_C(1) << 32) + p.gqa - 1) / p.gqa;
     p.n_stream_q_per_kv = q->ne[3] / k->ne[3];
     p.n_head_block      = plan.n_heads;
     p.n_stage           = plan.n_stage;
@@ -426,8 +430,9 @@ void turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
     const cudaStream_t stream = ctx.stream();
     const dim3         blocks(k->ne[2] / plan.n_heads, plan.n_split, plan.n_column_tiles * q->ne[3]);
-    CUDA_CHECK(cudaFuncSetAttribute((const void *) plan.launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    (int) plan.shared_bytes));
+    CUDA_CHECK(cudaFuncSetAttribute(
+        (const void *) plan.launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+        (int) (ggml_cuda_info().devices[ctx.device].smpbo - DECODE_STATIC_BYTES)));  // of all plans
     ggml_cuda_kernel_launch(plan.launch.kernel,
                             { blocks, dim3(32, plan.n_heads * plan.n_groups), plan.shared_bytes, stream }, p);
 

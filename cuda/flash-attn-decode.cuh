@@ -1,4 +1,4 @@
-// The attention kernel for few queries: FLASH_ATTN_EXT with 1 to 16 query tokens over a packed cache.
+// The attention kernel for few queries: FLASH_ATTN_EXT with few query tokens over a packed cache.
 //
 //   flash_attn_decode   a block stages tiles of 64 or 32 whole rows of the cache, of up to 16 KV heads. A warp has one
 //                       KV head, and all query heads that share it; it keeps a running softmax. With fewer heads than
@@ -45,7 +45,8 @@ struct decode_shared {
     }
 };
 
-// Starts copying rows first .. of a tile; those behind the last key repeat it. The warps of a group share the rows.
+// Starts copying rows first .. of a tile; those behind the last key repeat it, where rows are multiples of 16 bytes.
+// The warps of a group share the rows.
 template <int KEYS>
 static __device__ __forceinline__ void stage_rows(const decode_operand & x, const char * data, int first, int n_kv,
                                                   uint8_t * stage, int warp, int n_warps, int lane) {
@@ -124,7 +125,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     // Query token and query head of column c of a KV head; behind the last column, those of the last.
     const auto place_of = [&](int c, int kv_head) {
         const int column = first_column + min(c, n_columns - 1);
-        const int token  = (int) (((uint64_t) column * p.gqa_inverse) >> 22);
+        const int token  = (int) ((column * p.gqa_inverse) >> 32);
         return make_int2(token, kv_head * p.gqa + column - token * p.gqa);
     };
     const auto query_of = [&](int c) {

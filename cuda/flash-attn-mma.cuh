@@ -79,7 +79,7 @@ static __device__ __forceinline__ void copy_async_wait() {
     __syncwarp();
 }
 
-// ---- bulk copies, of which the copy engine does everything: rows of multiples of 16 bytes, aligned to 16
+// ---- bulk copies, of which the copy engine does everything: multiples of 16 bytes, both sides aligned to 16
 
 #if __CUDA_ARCH__ >= 900
 #    define TURBOKV_BULK_COPIES

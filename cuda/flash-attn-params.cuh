@@ -57,7 +57,7 @@ struct decode_params {
     int      n_kv, n_q, n_head, gqa, n_stream_q_per_kv, n_split, n_column_tiles;
     int      n_head_block;  // KV heads of a block
     int      n_stage;       // 2 .. 4
-    uint32_t gqa_inverse;   // 2^22 / gqa, rounded up
+    uint64_t gqa_inverse;   // 2^32 / gqa, rounded up
 
     float    scale;    // of q * k; with a softcap divided by it
     float    softcap;  // 0: none

@@ -41,10 +41,13 @@ static __global__ void __launch_bounds__(TURBOKV_WARPS * WARP_SIZE)
 
 template <typename codec, typename src_t>
 static void set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor * src  = dst->src[0];
-    const ggml_tensor * ids  = dst->src[1];
-    const int64_t       n    = ggml_nelements(src) / codec::qk;
-    const turbokv_ids   rows = {
+    const ggml_tensor * src = dst->src[0];
+    const ggml_tensor * ids = dst->src[1];
+    const int64_t       n   = ggml_nelements(src) / codec::qk;
+    if (n == 0) {
+        return;
+    }
+    const turbokv_ids rows = {
         (const char *) ids->data,
         (int64_t) ids->nb[0],
         (int64_t) ids->nb[1],

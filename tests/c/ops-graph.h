@@ -256,7 +256,7 @@ struct cache {
     ggml_tensor * store;
 
     cache(graph & g, ggml_type type, int64_t head, int64_t n_head, int64_t n_kv, int64_t n_stream)
-        : head(head), n_head(n_head), n_kv(n_kv), n_stream(n_stream), size(n_kv + 3) {
+        : head(head), n_head(n_head), n_kv(n_kv), n_stream(n_stream), size(n_kv + 16) {
         store = g.tensor(type, head * n_head, size, n_stream);
     }
 
