@@ -301,7 +301,7 @@ static bool make_plan(int device, const ggml_tensor * dst, int64_t max_queries, 
 
     const int64_t gqa = q->ne[2] / k->ne[2];
     plan.n_columns    = gqa * q->ne[1];
-    const int most    = 4;  // tiles at a time
+    const int most    = 4;  // column tiles that flash-attn-decode-v.cuh knows
     for (plan.column_tiles = 1; plan.column_tiles < most && DECODE_COLUMNS * plan.column_tiles < plan.n_columns;) {
         plan.column_tiles *= 2;
     }

@@ -123,13 +123,13 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     uint8_t * stages  = shared + memory::head(p.n_head_block, n_warps);
 
     // Query token and query head of column c of a KV head; behind the last column, those of the last.
-    const auto place_of = [&](int c, int kv_head) {
+    const auto place_of = [&](int c) {
         const int column = first_column + min(c, n_columns - 1);
         const int token  = (int) ((column * p.gqa_inverse) >> 32);
         return make_int2(token, kv_head * p.gqa + column - token * p.gqa);
     };
     const auto query_of = [&](int c) {
-        const int2 place = place_of(c, kv_head);
+        const int2 place = place_of(c);
         return c < n_columns ? (const float *) (p.q + place.x * p.q_nb1 + place.y * p.q_nb2 + stream * p.q_nb3)
                              : nullptr;
     };
@@ -201,7 +201,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     const half * mask[NT];
 #    pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-        const int2 place = place_of(DECODE_COLUMNS * nt + t, kv_head);
+        const int2 place = place_of(DECODE_COLUMNS * nt + t);
         slope[nt]        = LOG2E;
         if (p.max_bias > 0.0f) {
             const bool low = place.y < (int) p.n_head_log2;
@@ -340,7 +340,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     }
     __syncthreads();
     for (int c = group; c < n_columns; c += n_groups) {
-        const int2    place = place_of(c, kv_head);
+        const int2    place = place_of(c);
         const int64_t at    = (((int64_t) stream * p.n_head + place.y) * p.n_q + place.x) * p.n_split + split;
 
         float most = -INFINITY, total = 0.0f, value[D / 32] = {};
