@@ -231,9 +231,15 @@ static __device__ __forceinline__ void turbokv_pack_stream(const int (&index)[n]
     }
 }
 
-template <typename codec, int n>
-static __device__ __forceinline__ void turbokv_encode_block(const float (&x)[n], uint8_t * y) {
-    static_assert(n * WARP_SIZE == codec::qk, "a block per warp");
+// The block of codec::qk neighbouring values, f32 or f16, to the bytes y.
+template <typename codec, typename src_t>
+static __device__ __forceinline__ void turbokv_encode_block(const src_t * values, uint8_t * y) {
+    constexpr int n = codec::qk / WARP_SIZE;
+    float         x[n];
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+        x[k] = ggml_cuda_cast<float>(values[turbokv_lane() + WARP_SIZE * k]);
+    }
     const double norm     = turbokv_norm_of_values(x);
     int          index[n] = {};
     uint16_t     d        = 0;

@@ -88,26 +88,22 @@ static to_t_nc_cuda_t<T> getter_nc(ggml_type type) {
     return turbokv_with_codec(type, [](auto codec) -> to_t_nc_cuda_t<T> { return convert_nc<decltype(codec), T>; });
 }
 
-static bool ours(ggml_type type) {
-    return type >= GGML_TYPE_TURBOKV_FIRST;
-}
-
 to_fp16_cuda_t ggml_get_to_fp16_cuda(ggml_type type) {
-    return ours(type) ? getter<half>(type) : turbokv_upstream_to_fp16_cuda(type);
+    return turbokv_is_ours(type) ? getter<half>(type) : turbokv_upstream_to_fp16_cuda(type);
 }
 
 to_fp32_cuda_t ggml_get_to_fp32_cuda(ggml_type type) {
-    return ours(type) ? getter<float>(type) : turbokv_upstream_to_fp32_cuda(type);
+    return turbokv_is_ours(type) ? getter<float>(type) : turbokv_upstream_to_fp32_cuda(type);
 }
 
 to_fp16_nc_cuda_t ggml_get_to_fp16_nc_cuda(ggml_type type) {
-    return ours(type) ? getter_nc<half>(type) : turbokv_upstream_to_fp16_nc_cuda(type);
+    return turbokv_is_ours(type) ? getter_nc<half>(type) : turbokv_upstream_to_fp16_nc_cuda(type);
 }
 
 to_fp32_nc_cuda_t ggml_get_to_fp32_nc_cuda(ggml_type type) {
-    return ours(type) ? getter_nc<float>(type) : turbokv_upstream_to_fp32_nc_cuda(type);
+    return turbokv_is_ours(type) ? getter_nc<float>(type) : turbokv_upstream_to_fp32_nc_cuda(type);
 }
 
 to_bf16_nc_cuda_t ggml_get_to_bf16_nc_cuda(ggml_type type) {
-    return ours(type) ? getter_nc<nv_bfloat16>(type) : turbokv_upstream_to_bf16_nc_cuda(type);
+    return turbokv_is_ours(type) ? getter_nc<nv_bfloat16>(type) : turbokv_upstream_to_bf16_nc_cuda(type);
 }

@@ -16,12 +16,7 @@ static __global__ void __launch_bounds__(TURBOKV_WARPS * WARP_SIZE)
         return;
     }
     const src_t * row = (const src_t *) (src + src_view.offset(src_view.position(i)));
-    float         x[codec::qk / WARP_SIZE];
-#pragma unroll
-    for (int k = 0; k < codec::qk / WARP_SIZE; ++k) {
-        x[k] = ggml_cuda_cast<float>(row[turbokv_lane() + WARP_SIZE * k]);
-    }
-    turbokv_encode_block<codec>(x, (uint8_t *) dst + dst_view.offset(dst_view.position(i)));
+    turbokv_encode_block<codec>(row, (uint8_t *) dst + dst_view.offset(dst_view.position(i)));
 }
 
 template <typename codec, typename dst_t>
@@ -48,17 +43,17 @@ static void cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_t
 }
 
 bool turbokv_cuda_cpy_supported(const ggml_tensor * src, const ggml_tensor * dst) {
-    const bool          encode = dst->type >= GGML_TYPE_TURBOKV_FIRST;
+    const bool          encode = turbokv_is_ours(dst->type);
     const ggml_tensor * ours   = encode ? dst : src;
     const ggml_tensor * floats = encode ? src : dst;
     const int64_t       qk     = ggml_blck_size(ours->type);
-    return ours->type >= GGML_TYPE_TURBOKV_FIRST && (floats->type == GGML_TYPE_F32 || floats->type == GGML_TYPE_F16) &&
+    return turbokv_is_ours(ours->type) && (floats->type == GGML_TYPE_F32 || floats->type == GGML_TYPE_F16) &&
            ours->nb[0] == ggml_type_size(ours->type) && floats->nb[0] == ggml_type_size(floats->type) &&
            ours->ne[0] % qk == 0 && floats->ne[0] % qk == 0;
 }
 
 void turbokv_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
-    const bool encode = dst->type >= GGML_TYPE_TURBOKV_FIRST;
+    const bool encode = turbokv_is_ours(dst->type);
     turbokv_with_codec(encode ? dst->type : src->type, [&](auto codec) {
         using codec_t = decltype(codec);
         if (encode) {

@@ -41,27 +41,28 @@ static decode_launch decode_launch_by_k(kv_format k) {
 }
 
 // As many accumulators as registers hold: up to 16 columns.
+template <int D, kv_format VF>
+static decode_launch decode_launch_by_columns(kv_format k, int column_tiles) {
+    switch (column_tiles) {
+        case 1:
+            return decode_launch_by_k<D, 1, VF>(k);
+        case 2:
+            return decode_launch_by_k<D, 2, VF>(k);
+        case 4:
+            return decode_launch_by_k<D, 4, VF>(k);
+    }
+    return { nullptr, nullptr };
+}
+
 template <kv_format VF>
 static decode_launch decode_launch_for(kv_format k, int head_size, int column_tiles) {
-    switch (head_size * 8 + column_tiles) {
-        case 64 * 8 + 1:
-            return decode_launch_by_k<64, 1, VF>(k);
-        case 64 * 8 + 2:
-            return decode_launch_by_k<64, 2, VF>(k);
-        case 64 * 8 + 4:
-            return decode_launch_by_k<64, 4, VF>(k);
-        case 128 * 8 + 1:
-            return decode_launch_by_k<128, 1, VF>(k);
-        case 128 * 8 + 2:
-            return decode_launch_by_k<128, 2, VF>(k);
-        case 128 * 8 + 4:
-            return decode_launch_by_k<128, 4, VF>(k);
-        case 256 * 8 + 1:
-            return decode_launch_by_k<256, 1, VF>(k);
-        case 256 * 8 + 2:
-            return decode_launch_by_k<256, 2, VF>(k);
-        case 256 * 8 + 4:
-            return decode_launch_by_k<256, 4, VF>(k);
+    switch (head_size) {
+        case 64:
+            return decode_launch_by_columns<64, VF>(k, column_tiles);
+        case 128:
+            return decode_launch_by_columns<128, VF>(k, column_tiles);
+        case 256:
+            return decode_launch_by_columns<256, VF>(k, column_tiles);
     }
     return { nullptr, nullptr };
 }

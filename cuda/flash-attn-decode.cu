@@ -277,7 +277,7 @@ static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int keys, in
     return false;
 }
 
-static bool make_plan(int device, const ggml_tensor * dst, int64_t max_queries, decode_plan & plan) {
+static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     const ggml_tensor * q   = dst->src[0];
     const ggml_tensor * k   = dst->src[1];
     const ggml_tensor * v   = dst->src[2];
@@ -285,7 +285,7 @@ static bool make_plan(int device, const ggml_tensor * dst, int64_t max_queries, 
 
     const int64_t head_size = k->ne[0];
     if (!GGML_CUDA_CC_IS_NVIDIA(gpu.cc) || !turing_mma_available(gpu.cc) || v->ne[0] != head_size ||
-        q->ne[1] > max_queries || !find_format(k->type, plan.k) || !find_format(v->type, plan.v)) {
+        !find_format(k->type, plan.k) || !find_format(v->type, plan.v)) {
         return false;
     }
     const int block = head_size == 64 ? 64 : 128;
@@ -349,9 +349,9 @@ static bool make_plan(int device, const ggml_tensor * dst, int64_t max_queries, 
     return true;
 }
 
-size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst, int64_t max_queries) {
+size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst) {
     decode_plan plan;
-    return make_plan(device, dst, max_queries, plan) ? plan.end : 0;
+    return make_plan(device, dst, plan) ? plan.end : 0;
 }
 
 static decode_operand make_operand(const ggml_tensor * x, const operand_format & f, const row_plan & rows) {
@@ -376,9 +376,11 @@ static decode_operand make_operand(const ggml_tensor * x, const operand_format &
     return o;
 }
 
-void turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     decode_plan plan;
-    GGML_ASSERT(make_plan(ctx.device, dst, INT64_MAX, plan));
+    if (!make_plan(ctx.device, dst, plan)) {
+        return false;
+    }
     const ggml_tensor * q     = dst->src[0];
     const ggml_tensor * k     = dst->src[1];
     const ggml_tensor * v     = dst->src[2];
@@ -443,4 +445,5 @@ void turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
                                                  : flash_attn_combine<256>;
     ggml_cuda_kernel_launch(combine, { dim3(plan.n_rows), dim3(COMBINE_THREADS), 0, stream }, p.partial, p.meta,
                             sinks_data, (float *) dst->data, p.n_q, p.n_head, p.n_split, p.v.rotated, signs);
+    return true;
 }

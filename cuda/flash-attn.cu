@@ -158,10 +158,9 @@ static void flash_attn_converted(ggml_backend_cuda_context & ctx, ggml_tensor * 
     }
 }
 
-// 0: not this way.
-static size_t decode_alloc_size(int device, const ggml_tensor * dst) {
-    return turbokv_cuda_decode_alloc_size(device, dst,
-                                          can_convert(device, dst) ? TURBOKV_DECODE_MAX_QUERIES : INT64_MAX);
+// The first way, if it can.
+static bool shall_decode(int device, const ggml_tensor * dst) {
+    return dst->src[0]->ne[1] <= TURBOKV_DECODE_MAX_QUERIES || !can_convert(device, dst);
 }
 
 bool turbokv_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) {
@@ -172,18 +171,16 @@ bool turbokv_cuda_flash_attn_ext_supported(int device, const ggml_tensor * dst) 
         k->ne[2] != v->ne[2] || q->ne[2] % k->ne[2] != 0 || k->ne[3] != v->ne[3] || q->ne[3] % k->ne[3] != 0) {
         return false;
     }
-    return decode_alloc_size(device, dst) > 0 || can_convert(device, dst);
+    return turbokv_cuda_decode_alloc_size(device, dst) > 0 || can_convert(device, dst);
 }
 
 size_t turbokv_cuda_flash_attn_ext_alloc_size(int device, const ggml_tensor * dst) {
-    const size_t decode = decode_alloc_size(device, dst);
+    const size_t decode = shall_decode(device, dst) ? turbokv_cuda_decode_alloc_size(device, dst) : 0;
     return decode ? decode : make_convert_plan(dst).end;
 }
 
 void turbokv_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (decode_alloc_size(ctx.device, dst) > 0) {
-        turbokv_cuda_decode(ctx, dst);
-    } else {
+    if (!shall_decode(ctx.device, dst) || !turbokv_cuda_decode(ctx, dst)) {
         flash_attn_converted(ctx, dst);
     }
 }

@@ -14,6 +14,6 @@ void   turbokv_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor 
 // Bytes of dst's data and of the scratch behind it. dst may not have an address yet.
 size_t turbokv_cuda_flash_attn_ext_alloc_size(int device, const ggml_tensor * dst);
 
-// The first way: bytes of dst's data and the scratch behind it, or 0 where it cannot, or has more queries than that.
-size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst, int64_t max_queries);
-void   turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+// The first way, for any number of queries. 0 bytes and false: it cannot.
+size_t turbokv_cuda_decode_alloc_size(int device, const ggml_tensor * dst);
+bool   turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst);

@@ -35,7 +35,7 @@ static void get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
 bool turbokv_cuda_get_rows_supported(const ggml_tensor * dst) {
     const ggml_tensor * src = dst->src[0];
-    return src->type >= GGML_TYPE_TURBOKV_FIRST && dst->type == GGML_TYPE_F32 && dst->src[1]->type == GGML_TYPE_I32 &&
+    return turbokv_is_ours(src->type) && dst->type == GGML_TYPE_F32 && dst->src[1]->type == GGML_TYPE_I32 &&
            src->nb[0] == ggml_type_size(src->type) && dst->nb[0] == sizeof(float);
 }
 

@@ -7,10 +7,12 @@
 
 #include "ggml-cuda/convert.cuh"
 
+#include "view.cuh"
+
 bool turbokv_cuda_mul_mat_supported(const ggml_tensor * dst) {
     const ggml_tensor * a = dst->src[0];
     const ggml_tensor * b = dst->src[1];
-    return a->type >= GGML_TYPE_TURBOKV_FIRST && b->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32 &&
+    return turbokv_is_ours(a->type) && b->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32 &&
            a->nb[0] == ggml_type_size(a->type) && b->nb[0] == sizeof(float) && ggml_is_contiguous(dst);
 }
 

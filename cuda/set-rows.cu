@@ -30,13 +30,8 @@ static __global__ void __launch_bounds__(TURBOKV_WARPS * WARP_SIZE)
     }
     const turbokv_position p   = src_view.position(i);
     const src_t *          row = (const src_t *) (src + src_view.offset(p));
-    float                  x[codec::qk / WARP_SIZE];
-#pragma unroll
-    for (int k = 0; k < codec::qk / WARP_SIZE; ++k) {
-        x[k] = ggml_cuda_cast<float>(row[turbokv_lane() + WARP_SIZE * k]);
-    }
-    char * y = dst + p.i0 * codec::block_bytes + ids.row(p) * nb1 + p.i2 * nb2 + p.i3 * nb3;
-    turbokv_encode_block<codec>(x, (uint8_t *) y);
+    char *                 y   = dst + p.i0 * codec::block_bytes + ids.row(p) * nb1 + p.i2 * nb2 + p.i3 * nb3;
+    turbokv_encode_block<codec>(row, (uint8_t *) y);
 }
 
 template <typename codec, typename src_t>

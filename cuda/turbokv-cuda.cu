@@ -7,11 +7,10 @@
 #include "get-rows.cuh"
 #include "mul-mat.cuh"
 #include "set-rows.cuh"
-
-#include "common.cuh"
+#include "view.cuh"
 
 static bool is_ours(const ggml_tensor * t) {
-    return t != nullptr && t->type >= GGML_TYPE_TURBOKV_FIRST;
+    return t != nullptr && turbokv_is_ours(t->type);
 }
 
 static bool has_ours(const ggml_tensor * op) {

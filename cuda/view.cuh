@@ -6,6 +6,10 @@
 
 static constexpr int TURBOKV_WARPS = 8;  // of a thread block
 
+static inline bool turbokv_is_ours(ggml_type type) {
+    return type >= GGML_TYPE_TURBOKV_FIRST;
+}
+
 struct turbokv_position {
     uint32_t i0, i1, i2, i3;  // i0: of the block in its row
 };

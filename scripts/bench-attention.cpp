@@ -8,9 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
-#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -28,6 +26,8 @@
 #elif defined(__GNUC__) && defined(__aarch64__)
 #    include <arm_neon.h>
 #endif
+
+static const char * const PROGRAM = "turbokv-bench-attention";
 
 static const char * const HELP =
     R"(Times attention over a KV cache on the CPU: the FLASH_ATTN_EXT operation alone, without a model.
@@ -58,31 +58,10 @@ OMP_WAIT_POLICY=passive makes idle threads sleep: better on shared machines. The
 for quantized caches is no part of this operation. Exit codes: 1 for a failure, 2 for wrong arguments.
 )";
 
-[[noreturn]] static void fail(int code, const char * fmt, ...) {
-    va_list args;
-    va_start(args, fmt);
-    fputs("turbokv-bench-attention: ", stderr);
-    vfprintf(stderr, fmt, args);
-    fputs(code == 2 ? "\n--help shows the options.\n" : "\n", stderr);
-    va_end(args);
-    exit(code);
-}
-
-static std::string format(const char * fmt, ...) {
-    char    text[256];
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(text, sizeof(text), fmt, args);
-    va_end(args);
-    return text;
-}
+#include "bench.h"
 
 static std::string number(double x, int decimals, const char * if_nan) {
     return std::isnan(x) ? if_nan : format("%.*f", decimals, x);
-}
-
-static double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 // Seconds from the common start of work(0) .. work(n - 1) to the end of the last.
@@ -216,18 +195,19 @@ static double speed(const peak_kernel & kernel, int n_threads) {
     return (double) n * kernel.n_madd * n_threads / seconds;
 }
 
-struct options {
+struct options : shape_options {
     std::string caches    = "f16,q8_0,q4_0,turbo4,turbo3,tbq3,q8_0/turbo3";
-    int64_t     n_head    = 8;
-    int64_t     n_head_kv = 2;
-    int64_t     head_size = 128;
-    int64_t     depth     = 8192;
-    int64_t     batch     = 1;
     int64_t     n_threads = std::max(1u, std::thread::hardware_concurrency());
     int64_t     n_layers  = 0;
     int64_t     n_rounds  = 0;
     bool        hot       = false;
     bool        json      = false;
+
+    options() {
+        n_head    = 8;
+        n_head_kv = 2;
+        depth     = 8192;
+    }
 
     // Pairs of query and key that the causal mask lets through, per head.
     int64_t n_visible() const { return batch * depth - batch * (batch - 1) / 2; }
@@ -235,51 +215,19 @@ struct options {
 
 static options parse(int argc, char ** argv) {
     options o;
-
-    struct number {
-        const char * name;
-        int64_t *    value;
-        int64_t      max;
-    };
-
-    const number numbers[] = {
-        { "--heads", &o.n_head, 1024 },    { "--kv-heads", &o.n_head_kv, 1024 }, { "--head-size", &o.head_size, 1024 },
-        { "--depth", &o.depth, 1 << 22 },  { "--batch", &o.batch, 1 << 16 },     { "--threads", &o.n_threads, 512 },
-        { "--layers", &o.n_layers, 1024 }, { "--rounds", &o.n_rounds, 100000 },
-    };
-    for (int i = 1; i < argc; ++i) {
-        const std::string arg = argv[i];
-        if (arg == "--help" || arg == "-h") {
-            fputs(HELP, stdout);
-            exit(0);
-        }
-        if (arg == "--hot" || arg == "--json") {
-            (arg == "--hot" ? o.hot : o.json) = true;
-            continue;
-        }
-        const auto n = std::find_if(std::begin(numbers), std::end(numbers), [&](auto & n) { return arg == n.name; });
-        if (n == std::end(numbers) && arg != "--cache") {
-            fail(2, "unknown argument '%s'", argv[i]);
-        }
-        if (++i == argc) {
-            fail(2, "%s needs a value", arg.c_str());
-        }
-        if (arg == "--cache") {
-            o.caches = argv[i];
-            continue;
-        }
-        char * end;
-        *n->value = strtoll(argv[i], &end, 10);
-        if (end == argv[i] || *end != '\0' || *n->value < 1 || *n->value > n->max) {
-            fail(2, "%s takes a whole number from 1 to %lld, not '%s'", n->name, (long long) n->max, argv[i]);
-        }
-    }
-    if (o.n_head % o.n_head_kv != 0) {
-        fail(2, "--heads %d is no multiple of --kv-heads %d", (int) o.n_head, (int) o.n_head_kv);
-    }
-    if (o.batch > o.depth) {
-        fail(2, "--batch %d is more than --depth %d, which includes it", (int) o.batch, (int) o.depth);
-    }
+    parse_options(argc, argv,
+                  {
+                      { "--heads", &o.n_head, 1024 },
+                      { "--kv-heads", &o.n_head_kv, 1024 },
+                      { "--head-size", &o.head_size, 1024 },
+                      { "--depth", &o.depth, 1 << 22 },
+                      { "--batch", &o.batch, 1 << 16 },
+                      { "--threads", &o.n_threads, 512 },
+                      { "--layers", &o.n_layers, 1024 },
+                      { "--rounds", &o.n_rounds, 100000 },
+                  },
+                  { { "--cache", &o.caches } }, { { "--hot", &o.hot }, { "--json", &o.json } });
+    o.check();
     if (o.n_layers == 0) {
         const int64_t f16_bytes = 4 * o.depth * o.n_head_kv * o.head_size;
         o.n_layers              = std::clamp<int64_t>((64 << 20) / f16_bytes / o.batch + 1, 1, 1024);
@@ -303,57 +251,15 @@ static std::vector<ggml_type> cache_types() {
     return types;
 }
 
-// As in llama.cpp's tools a short name stands for the block size that fits the heads.
-static ggml_type cache_type(const std::string & name, int64_t head_size) {
-    std::string names, blocks;
-    for (ggml_type t : cache_types()) {
-        if (name == ggml_type_name(t) || name + "_64" == ggml_type_name(t)) {
-            if (head_size % ggml_blck_size(t) == 0) {
-                return t;
-            }
-            blocks += format(blocks.empty() ? "%d" : " or %d", (int) ggml_blck_size(t));
-        }
-        names += std::string(" ") + ggml_type_name(t);
-    }
-    if (blocks.empty()) {
-        fail(2, "'%s' is no cache type. There are:%s", name.c_str(), names.c_str());
-    }
-    fail(2, "%s has blocks of %s values, which do not divide heads of %d", name.c_str(), blocks.c_str(),
-         (int) head_size);
-}
-
-static std::vector<float> gaussian(int64_t n) {
-    static std::mt19937             rng(42);
-    std::normal_distribution<float> normal;
-    std::vector<float>              x(n);
-    std::generate(x.begin(), x.end(), [&] { return normal(rng); });
-    return x;
-}
-
-static double median(std::vector<double> x) {
-    std::sort(x.begin(), x.end());
-    return (x[(x.size() - 1) / 2] + x[x.size() / 2]) / 2;
-}
-
 // One K/V pair: a graph of independent attention operations, each with its own cache.
-struct candidate {
-    std::string             name;
-    ggml_type               type_k, type_v;
+struct candidate : cache_pair {
     ggml_context_ptr        ctx;
     ggml_backend_buffer_ptr buffer;
     ggml_cgraph *           graph = nullptr;
     ggml_tensor *           out   = nullptr;  // the last
     std::vector<double>     times;            // of one operation, in seconds
 
-    candidate(const std::string & pair, const options & o) {
-        const size_t slash = pair.find('/');
-        type_k             = cache_type(pair.substr(0, slash), o.head_size);
-        type_v             = cache_type(pair.substr(slash == std::string::npos ? 0 : slash + 1), o.head_size);
-        name               = ggml_type_name(type_k);
-        if (type_k != type_v) {
-            name += std::string("/") + ggml_type_name(type_v);
-        }
-    }
+    candidate(const std::string & pair, const options & o) : cache_pair(pair, o.head_size, cache_types()) {}
 
     size_t bytes(const options & o) const {
         return o.depth * o.n_head_kv * (ggml_row_size(type_k, o.head_size) + ggml_row_size(type_v, o.head_size));

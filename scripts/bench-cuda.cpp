@@ -6,9 +6,7 @@
 #include "ggml.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +14,8 @@
 #include <random>
 #include <string>
 #include <vector>
+
+static const char * const PROGRAM = "turbokv-bench-cuda";
 
 static const char * const HELP =
     R"(Times attention over a KV cache on a GPU: the FLASH_ATTN_EXT operation alone, without a model.
@@ -51,128 +51,61 @@ device in the same rounds, bytes read and written together.
 Exit codes: 1 for a failure, 2 for wrong arguments, 77 where there is no such CUDA device.
 )";
 
-[[noreturn]] static void fail(int code, const char * fmt, ...) {
-    va_list args;
-    va_start(args, fmt);
-    fputs("turbokv-bench-cuda: ", stderr);
-    vfprintf(stderr, fmt, args);
-    fputs(code == 2 ? "\n--help shows the options.\n" : "\n", stderr);
-    va_end(args);
-    exit(code);
-}
+#include "bench.h"
 
-static double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+struct options : shape_options {
+    std::string caches   = "f16,q8_0,q4_0,turbo4,turbo3,turbo2,tbq3,q8_0/turbo3";
+    std::string op       = "attention";
+    std::string device   = "CUDA0";
+    int64_t     n_seqs   = 1;
+    int64_t     n_layers = 0;
+    int64_t     n_rounds = 20;
+    int64_t     ms       = 10;
+    bool        json     = false;
 
-static double median(std::vector<double> x) {
-    std::sort(x.begin(), x.end());
-    return (x[(x.size() - 1) / 2] + x[x.size() / 2]) / 2;
-}
-
-struct options {
-    std::string caches    = "f16,q8_0,q4_0,turbo4,turbo3,turbo2,tbq3,q8_0/turbo3";
-    std::string op        = "attention";
-    std::string device    = "CUDA0";
-    int64_t     n_head    = 32;
-    int64_t     n_head_kv = 8;
-    int64_t     head_size = 128;
-    int64_t     depth     = 32768;
-    int64_t     batch     = 1;
-    int64_t     n_seqs    = 1;
-    int64_t     n_layers  = 0;
-    int64_t     n_rounds  = 20;
-    int64_t     ms        = 10;
-    bool        json      = false;
+    options() {
+        n_head    = 32;
+        n_head_kv = 8;
+        depth     = 32768;
+    }
 
     bool attention() const { return op == "attention"; }
 };
 
 static options parse(int argc, char ** argv) {
     options o;
-
-    struct {
-        const char * name;
-        int64_t *    value;
-        int64_t      max;
-    } const numbers[] = {
-        { "--heads", &o.n_head, 1024 },
-        { "--kv-heads", &o.n_head_kv, 1024 },
-        { "--head-size", &o.head_size, 1024 },
-        { "--depth", &o.depth, 1 << 22 },
-        { "--batch", &o.batch, 1 << 16 },
-        { "--seqs", &o.n_seqs, 1024 },
-        { "--layers", &o.n_layers, 1 << 12 },
-        { "--rounds", &o.n_rounds, 100000 },
-        { "--ms", &o.ms, 60000 },
-    };
-
-    struct {
-        const char *  name;
-        std::string * value;
-    } const texts[] = { { "--cache", &o.caches }, { "--op", &o.op }, { "--device", &o.device } };
-
-    for (int i = 1; i < argc; ++i) {
-        const std::string arg = argv[i];
-        if (arg == "--help" || arg == "-h") {
-            fputs(HELP, stdout);
-            exit(0);
-        }
-        if (arg == "--json") {
-            o.json = true;
-            continue;
-        }
-        const auto n = std::find_if(std::begin(numbers), std::end(numbers), [&](auto & e) { return arg == e.name; });
-        const auto t = std::find_if(std::begin(texts), std::end(texts), [&](auto & e) { return arg == e.name; });
-        if (n == std::end(numbers) && t == std::end(texts)) {
-            fail(2, "unknown argument '%s'", argv[i]);
-        }
-        if (++i == argc) {
-            fail(2, "%s needs a value", arg.c_str());
-        }
-        if (t != std::end(texts)) {
-            *t->value = argv[i];
-            continue;
-        }
-        char * end;
-        *n->value = strtoll(argv[i], &end, 10);
-        if (end == argv[i] || *end != '\0' || *n->value < 1 || *n->value > n->max) {
-            fail(2, "%s takes a whole number from 1 to %lld, not '%s'", n->name, (long long) n->max, argv[i]);
-        }
-    }
-    if (o.n_head % o.n_head_kv != 0) {
-        fail(2, "--heads %d is no multiple of --kv-heads %d", (int) o.n_head, (int) o.n_head_kv);
-    }
-    if (o.batch > o.depth) {
-        fail(2, "--batch %d is more than --depth %d, which includes it", (int) o.batch, (int) o.depth);
-    }
+    parse_options(argc, argv,
+                  {
+                      { "--heads", &o.n_head, 1024 },
+                      { "--kv-heads", &o.n_head_kv, 1024 },
+                      { "--head-size", &o.head_size, 1024 },
+                      { "--depth", &o.depth, 1 << 22 },
+                      { "--batch", &o.batch, 1 << 16 },
+                      { "--seqs", &o.n_seqs, 1024 },
+                      { "--layers", &o.n_layers, 1 << 12 },
+                      { "--rounds", &o.n_rounds, 100000 },
+                      { "--ms", &o.ms, 60000 },
+                  },
+                  { { "--cache", &o.caches }, { "--op", &o.op }, { "--device", &o.device } },
+                  { { "--json", &o.json } });
+    o.check();
     if (o.op != "attention" && o.op != "set-rows") {
         fail(2, "--op is attention or set-rows, not '%s'", o.op.c_str());
     }
     return o;
 }
 
-// As in llama.cpp's tools a short name stands for the block size that fits the heads.
-static ggml_type cache_type(const std::string & name, int64_t head_size) {
+// What can be filled with values; whether the device has the operation is asked for each.
+static std::vector<ggml_type> cache_types() {
+    std::vector<ggml_type> types;
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const ggml_type          t      = (ggml_type) i;
         const ggml_type_traits * traits = ggml_get_type_traits(t);
-        if (traits->type_name == nullptr || traits->blck_size == 0 || (t != GGML_TYPE_F32 && !traits->from_float_ref)) {
-            continue;
-        }
-        if ((name == traits->type_name || name + "_64" == traits->type_name) && head_size % traits->blck_size == 0) {
-            return t;
+        if (traits->type_name && traits->blck_size != 0 && (t == GGML_TYPE_F32 || traits->from_float_ref)) {
+            types.push_back(t);
         }
     }
-    fail(2, "'%s' is no cache type, or its blocks do not divide heads of %d", name.c_str(), (int) head_size);
-}
-
-static std::vector<float> gaussian(int64_t n) {
-    static std::mt19937             rng(42);
-    std::normal_distribution<float> normal;
-    std::vector<float>              x(n);
-    std::generate(x.begin(), x.end(), [&] { return normal(rng); });
-    return x;
+    return types;
 }
 
 // The rows of x again and again, from another one on each time: encoded once, which takes the host long.
@@ -195,9 +128,7 @@ static void fill(ggml_tensor * t, const std::vector<float> & x) {
 }
 
 // One graph, computed again and again; or a copy.
-struct workload {
-    std::string             name;
-    ggml_type               type_k = GGML_TYPE_F32, type_v = GGML_TYPE_F32;
+struct workload : cache_pair {
     double                  bytes    = 0;  // of one operation
     int64_t                 n_layers = 1;
     ggml_context_ptr        ctx;
@@ -250,13 +181,7 @@ struct workload {
 };
 
 static void parse_cache(workload & w, const std::string & pair, const options & o) {
-    const size_t slash = pair.find('/');
-    w.type_k           = cache_type(pair.substr(0, slash), o.head_size);
-    w.type_v           = cache_type(pair.substr(slash == std::string::npos ? 0 : slash + 1), o.head_size);
-    w.name             = ggml_type_name(w.type_k);
-    if (w.type_k != w.type_v) {
-        w.name += std::string("/") + ggml_type_name(w.type_v);
-    }
+    (cache_pair &) w = cache_pair(pair, o.head_size, cache_types());
     const size_t row = ggml_row_size(w.type_k, o.head_size) + ggml_row_size(w.type_v, o.head_size);
     w.bytes          = (double) row * o.n_head_kv * o.n_seqs * (o.attention() ? o.depth : o.batch);
 }

@@ -47,13 +47,7 @@ template <typename codec>
 static void check_encode(ggml_type type, const std::vector<float> & x, int block) {
     std::vector<uint8_t> want(codec::block_bytes, 0xa5), got(want);
     ggml_get_type_traits(type)->from_float_ref(x.data(), want.data(), codec::qk);
-    run_warp([&] {
-        float lane[codec::qk / WARP_SIZE];
-        for (int k = 0; k < codec::qk / WARP_SIZE; ++k) {
-            lane[k] = x[turbokv_lane() + WARP_SIZE * k];
-        }
-        turbokv_encode_block<codec>(lane, got.data());
-    });
+    run_warp([&] { turbokv_encode_block<codec>(x.data(), got.data()); });
     expect(got == want, type, "encoded bytes", block);
     check_decode<codec>(type, want, block);
 }
