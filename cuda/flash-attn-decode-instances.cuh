@@ -9,7 +9,7 @@ struct decode_params;
 
 struct decode_launch {
     void (*kernel)(const decode_params);
-    int (*shared_bytes)(int n_heads, int n_groups, int n_stage, int k_row, int v_row);
+    int (*shared_bytes)(int n_heads, int n_groups, int n_slots, int keys, int k_row, int v_row);
 };
 
 // The kernel for heads of `head_size` values, 4 * column_tiles columns at a time, or one without a kernel.

@@ -13,51 +13,58 @@
 #include "turbokv-tables.h"
 #include "turbokv-tile.h"
 
-#define COMBINE_THREADS     1024
+#define COMBINE_THREADS     256
+#define DECODE_MAX_SPLITS   COMBINE_THREADS
 #define DECODE_STATIC_BYTES 2048  // of shared memory: the barriers
 
-// One block per row: a query token of a head. Rows [n_stream][n_head][n_q] as flash_attn_decode has written them, `dst`
-// as the operation wants it, [n_stream][n_q][n_head][D].
-template <int D>
+// Merges the parts of rows, a query token of a head each: [n_stream][n_head][n_q] as flash_attn_decode has written
+// them, `dst` as the operation wants it, [n_stream][n_q][n_head][head_size]. A block has 32, 64, 128 or 256 values of a
+// row, `width`.
 __launch_bounds__(COMBINE_THREADS) static __global__
-    void flash_attn_combine(const float * partial, const float2 * meta, const float * sinks, float * dst, const int n_q,
-                            const int n_head, const int n_split, const bool rotated, const uint4 srht_signs) {
-    constexpr int GROUPS = COMBINE_THREADS / D;
-    constexpr int AHEAD  = 12;  // loads under way
+    void flash_attn_combine(const float * partial, const float2 * meta, const float * sinks, float * dst,
+                            const int head_size, const int width, const int n_q, const int n_head, const int n_split,
+                            const bool rotated, const uint4 srht_signs) {
+    constexpr int WARPS  = COMBINE_THREADS / 32;
+    constexpr int AHEAD  = 9;  // loads under way
     const int     row    = blockIdx.x;
-    const int     head   = row / n_q % n_head;
-    const int     thread = threadIdx.x;
-    const int     value  = thread % D;
-    const int     group  = thread / D;  // takes every GROUPS-th split
+    const int     thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int     quads    = width / 4;             // a thread has four values
+    const int     value    = 4 * (thread % quads);  // from this one on
+    const int     group    = thread / quads;        // and takes every n_groups-th split
+    const int     n_groups = COMBINE_THREADS / quads;
+    const int     team     = max(quads, 32);  // threads that have different values, or exchange them
+    const int     at       = row * n_split;
 
-    partial += (int64_t) row * n_split * D + value;
-    meta += (int64_t) row * n_split;
+    __shared__ float tops[WARPS], sums[WARPS], weights[DECODE_MAX_SPLITS];
+    __shared__ __align__(16) float totals[4 * COMBINE_THREADS];
+    partial += (int64_t) at * head_size + blockIdx.y * width + value;
+    ggml_cuda_pdl_lc();  // whatever comes next may be set up, and waits there
     ggml_cuda_pdl_sync();
 
-    // 1. What each split counts for, and the sum of all.
-    __shared__ float  weights[COMBINE_THREADS];
-    __shared__ float  tops[COMBINE_THREADS / 32], sums[COMBINE_THREADS / 32];
-    __shared__ float4 totals[COMBINE_THREADS / 4];
-
-    const float  sink = sinks ? sinks[head] * LOG2E : -INFINITY;
-    const float2 mine = thread < n_split ? meta[thread] : make_float2(-INFINITY, 0.0f);
-    float        part[AHEAD];  // of the first splits, before it is known what they count for
+    // 1. What each split counts for, and the sum of all. The first values are on their way.
+    const float2 mine = thread < n_split ? meta[at + thread] : make_float2(-INFINITY, 0.0f);
+    float4       part[AHEAD];
+    const auto   fetch = [&](int first) {
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        const int split = group + i * GROUPS;
-        part[i]         = split < n_split ? partial[(int64_t) split * D] : 0.0f;
-    }
-    float top = fmaxf(mine.x, sink);
+        for (int i = 0; i < AHEAD; ++i) {
+            const int split = min(first + i * n_groups, n_split - 1);
+            part[i]         = *(const float4 *) (partial + split * head_size);
+        }
+    };
+    fetch(group);
+    const int   head = row / n_q % n_head;
+    const float sink = sinks ? sinks[head] * LOG2E : -INFINITY;
+
+    float top = mine.x;
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, distance));
     }
-    if (thread % 32 == 0) {
-        tops[thread / 32] = top;
-    }
+    tops[warp] = top;
     __syncthreads();
+    top = sink;
 #pragma unroll
-    for (int i = 0; i < COMBINE_THREADS / 32; ++i) {
+    for (int i = 0; i < WARPS; ++i) {
         top = fmaxf(top, tops[i]);
     }
     const float weight = mine.x == -INFINITY && mine.y == 0.0f ? 0.0f : exp2_approx(mine.x - top);
@@ -67,64 +74,69 @@ __launch_bounds__(COMBINE_THREADS) static __global__
     for (int distance = 16; distance > 0; distance /= 2) {
         sum += __shfl_xor_sync(0xffffffff, sum, distance);
     }
-    if (thread % 32 == 0) {
-        sums[thread / 32] = sum;
-    }
+    sums[warp] = sum;
     __syncthreads();
 
     // 2. The values.
-    float total = 0.0f;
-    for (int first = group; first < n_split; first += AHEAD * GROUPS) {
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const int split = first + i * GROUPS;
-            total += split < n_split ? part[i] * weights[split] : 0.0f;
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int first = group; first < n_split; first += AHEAD * n_groups) {
+        if (first != group) {
+            fetch(first);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            const int split = first + (AHEAD + i) * GROUPS;
-            part[i]         = split < n_split ? partial[(int64_t) split * D] : 0.0f;
-        }
-    }
-    ((float *) totals)[thread] = total;
-    __syncthreads();
-    if (group != 0) {
-        return;
-    }
-#pragma unroll
-    for (int i = 1; i < GROUPS; ++i) {
-        total += ((float *) totals)[i * D + value];
-    }
-    sum = sinks ? exp2_approx(sink - top) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < COMBINE_THREADS / 32; ++i) {
-        sum += sums[i];
-    }
-    total = sum == 0.0f ? 0.0f : total / sum;  // a query that sees nothing: zeros, as on the CPU
-
-    if (rotated) {
-        if constexpr (D % 128 == 0) {
-            ((float *) totals)[value] = total;
-            __syncwarp();                                         // of a warp's own 32 values ..
-            asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");  // .. to those of its block of 128
-            if (value < D / 4) {
-                const int      lane     = value % 32;
-                const float4   t        = totals[value];
-                float          x[4]     = { t.x, t.y, t.z, t.w };
-                const uint32_t signs[4] = { srht_signs.x, srht_signs.y, srht_signs.z, srht_signs.w };
-                hadamard_128(x, lane);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    ((float *) totals)[4 * value + i] = x[i] * srht_sign(signs, 4 * lane + i);
-                }
+            const int split = first + i * n_groups;
+            if (split < n_split) {
+                const float w = weights[split];
+                total.x += part[i].x * w;
+                total.y += part[i].y * w;
+                total.z += part[i].z * w;
+                total.w += part[i].w * w;
             }
-            asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
-            total = ((float *) totals)[value];
         }
     }
-    const int q                                                     = row % n_q;
-    const int stream                                                = row / n_q / n_head;
-    dst[(((int64_t) stream * n_q + q) * n_head + head) * D + value] = total;
+    for (int distance = quads; distance < 32; distance *= 2) {
+        total.x += __shfl_xor_sync(0xffffffff, total.x, distance);
+        total.y += __shfl_xor_sync(0xffffffff, total.y, distance);
+        total.z += __shfl_xor_sync(0xffffffff, total.z, distance);
+        total.w += __shfl_xor_sync(0xffffffff, total.w, distance);
+    }
+    if (thread % team < quads) {
+        *(float4 *) (totals + thread / team * width + value) = total;
+    }
+    __syncthreads();
+    if (thread < width) {
+        sum = sinks ? exp2_approx(sink - top) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) {
+            sum += sums[i];
+        }
+        float x = 0.0f;
+        for (int i = 0; i < COMBINE_THREADS / team; ++i) {
+            x += totals[i * width + thread];
+        }
+        x = sum == 0.0f ? 0.0f : x / sum;  // a query that sees nothing: zeros, as on the CPU
+        if (!rotated) {
+            const int q = row % n_q, stream = row / n_q / n_head;
+            dst[(((int64_t) stream * n_q + q) * n_head + head) * head_size + blockIdx.y * width + thread] = x;
+        }
+        totals[thread] = x;
+    }
+    if (rotated) {  // in blocks of 128, of which a lane takes four
+        __syncthreads();
+        if (thread < quads) {
+            const float4   y        = ((const float4 *) totals)[thread];
+            float          x[4]     = { y.x, y.y, y.z, y.w };
+            const uint32_t signs[4] = { srht_signs.x, srht_signs.y, srht_signs.z, srht_signs.w };
+            const int      q = row % n_q, stream = row / n_q / n_head;
+            float *        to = dst + (((int64_t) stream * n_q + q) * n_head + head) * head_size + 4 * thread;
+            hadamard_128(x, lane);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                to[i] = x[i] * srht_sign(signs, 4 * lane + i);
+            }
+        }
+    }
 }
 
 // ---- which kernel, and what it needs
@@ -208,14 +220,14 @@ struct row_plan {
     // Banks: the lanes that read together are in 8 neighbouring rows of K, or in every other of 8 of V. With an odd
     // number of 16-byte pieces from row to row, none wants another's bank.
     row_plan(const ggml_tensor * x, int n_heads, int keys) {
-        const int64_t nb1  = x->nb[1];
-        const bool    here = (x->nb[2] * n_heads | x->nb[3] | x->view_offs | (uintptr_t) x->data) % 16 == 0;
-        slice              = n_heads == 1 ? ggml_row_size(x->type, x->ne[0]) : n_heads * x->nb[2];
+        const int64_t nb1           = x->nb[1];
+        const int64_t to_next_heads = n_heads == x->ne[2] ? 0 : n_heads * x->nb[2];
+        const bool    here          = (to_next_heads | x->nb[3] | x->view_offs | (uintptr_t) x->data) % 16 == 0;
+        slice                       = n_heads == 1 ? ggml_row_size(x->type, x->ne[0]) : n_heads * x->nb[2];
         // The copy engine leaves what is behind the last key as it is, and f16 values are multiplied whatever they are.
-        const bool known   = x->type != GGML_TYPE_F16 || x->ne[1] % keys == 0;
-        if (here && slice == nb1 && keys % n_heads == 0 && keys / n_heads * nb1 % 16 == 0 && x->ne[1] * nb1 % 16 == 0 &&
-            nb1 % 32 != 0 && known) {
-            copy   = COPY_SHARE;
+        const bool known            = x->type != GGML_TYPE_F16 || x->ne[1] % keys == 0;
+        if (here && slice == nb1 && x->ne[1] * nb1 % 16 == 0 && nb1 % 32 != 0 && known) {
+            copy   = COPY_TILE;
             pieces = (slice + 15) / 16;
             row    = slice;
         } else if (here && (slice | nb1) % 16 == 0 && known) {
@@ -238,12 +250,13 @@ struct decode_plan {
     operand_format k, v;
     row_plan       k_rows, v_rows;
     decode_launch  launch;
-    int            n_columns, column_tiles, n_column_tiles, n_heads, n_groups, n_stage, n_split, n_rows;
+    int            n_columns, column_tiles, n_column_tiles, n_heads, n_groups, n_slots, n_split, n_rows;
     size_t         shared_bytes;
     size_t         partial, meta, end;  // in bytes from dst->data
 };
 
-// As many warps as possible, of as many KV heads as possible, with as many stages as fit into shared memory.
+// As many warps as possible, of as many KV heads as possible, with as many slots as fit into shared memory. A group has
+// two at least; but two groups can share three, where they need not wait for each other (see flash_attn_decode).
 static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int keys, int max_warps, size_t memory,
                       bool can_bulk, decode_plan & plan) {
     const int64_t head_bytes[] = { (int64_t) ggml_row_size(k->type, k->ne[0]),
@@ -260,12 +273,16 @@ static bool fit_block(const ggml_tensor * k, const ggml_tensor * v, int keys, in
                 k_rows.in_pieces(k);
                 v_rows.in_pieces(v);
             }
-            for (int stages = DECODE_MAX_STAGES; stages >= 2; --stages) {
-                const size_t bytes = plan.launch.shared_bytes(heads, warps / heads, stages, k_rows.row, v_rows.row);
+            const int groups = warps / heads;
+            for (int slots = std::min(4 * groups, DECODE_MAX_SLOTS); slots > groups; --slots) {
+                if (slots % groups != 0 && !(bulk && groups == 2)) {
+                    continue;
+                }
+                const size_t bytes = plan.launch.shared_bytes(heads, groups, slots, keys, k_rows.row, v_rows.row);
                 if (bytes <= memory) {
                     plan.n_heads      = heads;
-                    plan.n_groups     = warps / heads;
-                    plan.n_stage      = stages;
+                    plan.n_groups     = groups;
+                    plan.n_slots      = slots;
                     plan.k_rows       = k_rows;
                     plan.v_rows       = v_rows;
                     plan.shared_bytes = bytes;
@@ -298,6 +315,11 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
             return false;
         }
     }
+    for (const ggml_tensor * x : { q, k, v, (const ggml_tensor *) dst->src[3] }) {
+        if (x && (x->nb[1] > INT_MAX || x->nb[2] > INT_MAX)) {
+            return false;
+        }
+    }
 
     const int64_t gqa = q->ne[2] / k->ne[2];
     plan.n_columns    = gqa * q->ne[1];
@@ -311,10 +333,11 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     if (!plan.launch.kernel) {
         return false;
     }
+    const int arch = ggml_cuda_highest_compiled_arch(gpu.cc);
     const int keys = decode_keys(head_size, plan.column_tiles,
-                                 ggml_row_size(k->type, head_size) + ggml_row_size(v->type, head_size));
+                                 ggml_row_size(k->type, head_size) + ggml_row_size(v->type, head_size), arch);
     if (!fit_block(k, v, keys, decode_max_warps(head_size, plan.column_tiles), gpu.smpbo - DECODE_STATIC_BYTES,
-                   ggml_cuda_highest_compiled_arch(gpu.cc) >= GGML_CUDA_CC_HOPPER, plan)) {
+                   arch >= GGML_CUDA_CC_HOPPER, plan)) {
         return false;
     }
 
@@ -322,7 +345,7 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     const int64_t n_parts = k->ne[2] / plan.n_heads * q->ne[3] * plan.n_column_tiles;
     const int64_t n_tiles = (k->ne[1] + keys - 1) / keys;
     const int64_t most_splits =
-        std::max<int64_t>(1, std::min<int64_t>((n_tiles + plan.n_groups - 1) / plan.n_groups, COMBINE_THREADS));
+        std::max<int64_t>(1, std::min<int64_t>((n_tiles + plan.n_groups - 1) / plan.n_groups, DECODE_MAX_SPLITS));
     plan.n_split = std::min(std::max<int64_t>(1, gpu.nsm / n_parts), most_splits);
     if (n_parts > gpu.nsm / 8) {
         double best = 0.0;
@@ -339,7 +362,7 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     // Scratch for as many splits as there can be with any number of keys, any alignment and any part of the heads: the
     // size is asked for once and kept, by an RPC client for all contexts, by a split model for all its devices.
     const int64_t fewest_parts = (k->ne[2] + DECODE_MAX_WARPS - 1) / DECODE_MAX_WARPS * q->ne[3] * plan.n_column_tiles;
-    const int64_t max_split    = std::min<int64_t>(4 * gpu.nsm / fewest_parts + 1, COMBINE_THREADS);
+    const int64_t max_split    = std::min<int64_t>(4 * gpu.nsm / fewest_parts + 1, DECODE_MAX_SPLITS);
     GGML_ASSERT(plan.n_split <= max_split);
 
     plan.n_rows  = q->ne[1] * q->ne[2] * q->ne[3];
@@ -411,10 +434,9 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     p.n_q               = q->ne[1];
     p.n_head            = q->ne[2];
     p.gqa               = q->ne[2] / k->ne[2];
-    p.gqa_inverse       = ((UINT64_C(1) << 32) + p.gqa - 1) / p.gqa;
+    p.gqa_inverse       = (uint32_t) (((UINT64_C(1) << 32) + p.gqa - 1) / p.gqa);
     p.n_stream_q_per_kv = q->ne[3] / k->ne[3];
-    p.n_head_block      = plan.n_heads;
-    p.n_stage           = plan.n_stage;
+    p.n_slots           = plan.n_slots;
     p.n_split           = plan.n_split;
     p.n_column_tiles    = plan.n_column_tiles;
     memcpy(&p.scale, (const float *) dst->op_params + 0, sizeof(float));
@@ -424,8 +446,7 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         p.scale /= p.softcap;
     }
     p.n_head_log2 = 1u << (uint32_t) floorf(log2f((float) p.n_head));
-    p.m0          = powf(2.0f, -p.max_bias / p.n_head_log2);
-    p.m1          = powf(2.0f, -p.max_bias / 2.0f / p.n_head_log2);
+    p.slope_step  = -p.max_bias / p.n_head_log2;
     for (int i = 0; i < TURBOKV_SRHT_SIZE; ++i) {
         p.srht_signs[i / 32] |= (turbokv_srht_signs[i] < 0 ? 1u : 0u) << (i % 32);
     }
@@ -436,14 +457,17 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         (const void *) plan.launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
         (int) (ggml_cuda_info().devices[ctx.device].smpbo - DECODE_STATIC_BYTES)));  // of all plans
     ggml_cuda_kernel_launch(plan.launch.kernel,
-                            { blocks, dim3(32, plan.n_heads * plan.n_groups), plan.shared_bytes, stream }, p);
+                            { blocks, dim3(32, plan.n_heads, plan.n_groups), plan.shared_bytes, stream }, p);
 
     const uint4   signs      = { p.srht_signs[0], p.srht_signs[1], p.srht_signs[2], p.srht_signs[3] };
     const float * sinks_data = sinks ? (const float *) sinks->data : nullptr;
-    const auto    combine    = k->ne[0] == 64    ? flash_attn_combine<64>
-                               : k->ne[0] == 128 ? flash_attn_combine<128>
-                                                 : flash_attn_combine<256>;
-    ggml_cuda_kernel_launch(combine, { dim3(plan.n_rows), dim3(COMBINE_THREADS), 0, stream }, p.partial, p.meta,
-                            sinks_data, (float *) dst->data, p.n_q, p.n_head, p.n_split, p.v.rotated, signs);
+    int           width      = k->ne[0];  // of a block of threads; what is rotated stays together
+    while (!p.v.rotated && width > 32 &&
+           plan.n_rows * k->ne[0] / width <= ggml_cuda_info().devices[ctx.device].nsm / 2) {
+        width /= 2;
+    }
+    ggml_cuda_kernel_launch(
+        flash_attn_combine, { dim3(plan.n_rows, k->ne[0] / width), dim3(COMBINE_THREADS), 0, stream }, p.partial,
+        p.meta, sinks_data, (float *) dst->data, (int) k->ne[0], width, p.n_q, p.n_head, p.n_split, p.v.rotated, signs);
     return true;
 }

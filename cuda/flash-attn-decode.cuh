@@ -2,7 +2,8 @@
 //
 //   flash_attn_decode   a block stages tiles of 64 or 32 whole rows of the cache, of up to 16 KV heads. A warp has one
 //                       KV head, and all query heads that share it; it keeps a running softmax. With fewer heads than
-//                       warps, groups of warps take turns with the tiles, and are merged in the end.
+//                       warps, groups of warps take turns with the tiles, and are merged in the end. Tiles are in slots
+//                       of shared memory; the copy engine fills one again when the last warp has done with it.
 //   flash_attn_combine  (flash-attn-decode.cu) merges the blocks, adds the sinks, rotates back what tbqN has rotated
 //
 // A column is a query of the group: (query token, query head of the KV head), head fastest. Queries and probabilities
@@ -23,41 +24,41 @@
 #include "common.cuh"
 #include "flash-attn-tile.cuh"
 
-#define DECODE_MAX_WARPS  16
-#define DECODE_MAX_STAGES 4
+#define DECODE_MAX_WARPS 16
+#define DECODE_MAX_SLOTS 32  // of shared memory, a tile each
 
 // Bytes of shared memory: the query's operands of each KV head, what they are worth, a row of floats for each warp;
-// then the stages of each group, where in the end the warps are merged.
+// then the slots, where in the end the warps are merged.
 template <class tile>
 struct decode_shared {
     static constexpr int OPERANDS = tile::COLUMNS / DECODE_COLUMNS * tile::K_STEPS * 32 * 8;
-    static constexpr int MERGE    = tile::COLUMNS * (tile::V_TILES * 8 * 4 + 8);  // of a warp
+    static constexpr int MERGE    = tile::COLUMNS * tile::V_TILES * 8 * 4;  // of a warp
 
     static __host__ __device__ int head(int n_heads, int n_warps) {
         return n_heads * (OPERANDS + tile::COLUMNS * 4) + n_warps * tile::V_TILES * 8 * 4;
     }
 
-    static __host__ __device__ int stage(int k_row, int v_row) { return tile::KEYS * (k_row + v_row) + 32; }
+    static __host__ __device__ int slot(int keys, int k_row, int v_row) { return keys * (k_row + v_row) + 32; }
 
-    static __host__ int all(int n_heads, int n_groups, int n_stage, int k_row, int v_row) {
-        const int stages = n_groups * n_stage * stage(k_row, v_row), merge = n_heads * n_groups * MERGE;
-        return head(n_heads, n_heads * n_groups) + (stages > merge ? stages : merge);
+    static __host__ int all(int n_heads, int n_groups, int n_slots, int keys, int k_row, int v_row) {
+        const int slots = n_slots * slot(keys, k_row, v_row), merge = n_heads * (n_groups / 2) * MERGE;
+        return head(n_heads, n_heads * n_groups) + (slots > merge ? slots : merge);
     }
 };
 
-// Starts copying rows first .. of a tile; those behind the last key repeat it, where rows are multiples of 16 bytes.
-// The warps of a group share the rows.
+// Starts copying the rows of a tile from row `first` on; those behind the last key repeat it, where rows are multiples
+// of 16 bytes. The warps of a group share the rows.
 template <int KEYS>
 static __device__ __forceinline__ void stage_rows(const decode_operand & x, const char * data, int first, int n_kv,
-                                                  uint8_t * stage, int warp, int n_warps, int lane) {
+                                                  uint8_t * slot, int warp, int n_warps, int lane) {
     const int lanes  = 1 << x.lanes_log2;
     const int piece  = lane & (lanes - 1);
     const int step   = n_warps << (5 - x.lanes_log2);
-    const int offset = (uintptr_t) (data + first * x.nb1) & 15;
+    const int offset = (uintptr_t) (data + (int64_t) first * x.nb1) & 15;
     for (int row = (warp << (5 - x.lanes_log2)) + (lane >> x.lanes_log2); row < KEYS; row += step) {
-        const uintptr_t from = (uintptr_t) (data + min(first + row, n_kv - 1) * x.nb1);
+        const uintptr_t from = (uintptr_t) (data + (int64_t) min(first + row, n_kv - 1) * x.nb1);
         const char *    base = (const char *) (from & ~(uintptr_t) 15);
-        uint8_t *       to   = stage + ((offset + row * x.row) & ~15);
+        uint8_t *       to   = slot + ((offset + row * x.row) & ~15);
         const int       end  = (int) (from & 15) + x.slice;
         for (int at = 16 * piece; at < end; at += 16 * lanes) {
             copy_async_16(to + at, base + at);
@@ -65,33 +66,27 @@ static __device__ __forceinline__ void stage_rows(const decode_operand & x, cons
     }
 }
 
-// The same through the copy engine, every warp its share; what is behind the last key is left as it is.
-template <int KEYS>
-static __device__ __forceinline__ void stage_in_bulk(const decode_operand & x, const char * data, int first, int n_kv,
-                                                     uint8_t * stage, bulk_barrier * barrier, int warp, int n_warps,
-                                                     int lane) {
-    const int    share = (KEYS + n_warps - 1) / n_warps;
-    const int    begin = warp * share;
-    const int    n     = min(share, min(KEYS, n_kv - first) - begin);
-    const char * from  = data + (first + begin) * x.nb1;
-    uint8_t *    to    = stage + begin * x.row;
-    if (x.copy == COPY_SHARE) {
-        if (lane == 0 && n > 0) {
-            bulk_copy(to, from, n * x.slice, barrier);
+// The same through the copy engine, by one warp: n rows; what is behind them is left as it is.
+static __device__ __forceinline__ void stage_in_bulk(const decode_operand & x, const char * from, int n, uint8_t * slot,
+                                                     bulk_barrier * barrier, int lane) {
+    if (x.copy == COPY_TILE) {
+        if (lane == 0) {
+            bulk_copy(slot, from, n * x.slice, barrier);
         }
         return;
     }
+#pragma unroll 1
     for (int row = lane; row < n; row += 32) {
-        bulk_copy(to + row * x.row, from + row * x.nb1, x.slice, barrier);
+        bulk_copy(slot + row * x.row, from + (int64_t) row * x.nb1, x.slice, barrier);
     }
 }
 
-// Of the warps of a group. There are at most 8 groups of more than one warp, and 16 barriers, of which one is taken.
+// Of the warps of a group. There are at most 8 groups of more than one warp, and 16 barriers; 0 is __syncthreads.
 static __device__ __forceinline__ void group_barrier(int group, int n_warps) {
     if (n_warps == 1) {
         __syncwarp();
     } else {
-        asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(32 * n_warps) : "memory");
+        named_barrier(group + 1, 32 * n_warps);
     }
 }
 
@@ -104,99 +99,85 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     constexpr int COLUMNS = tile::COLUMNS;
     constexpr int KEYS    = tile::KEYS;
 
-    const int lane = threadIdx.x, warp = threadIdx.y, n_warps = blockDim.y;
+    const int lane = threadIdx.x, head_of_block = threadIdx.y, group = threadIdx.z;
+    const int n_heads = blockDim.y, n_groups = blockDim.z;
+    const int warp = group * n_heads + head_of_block, n_warps = n_groups * n_heads;
     const int g = lane >> 2, t = lane & 3;
-    const int group = warp / p.n_head_block, n_groups = n_warps / p.n_head_block;
-    const int head_of_block = warp - group * p.n_head_block;
-    const int first_head    = blockIdx.x * p.n_head_block;
-    const int kv_head       = first_head + head_of_block;
-    const int split         = blockIdx.y;
-    const int column_tile   = blockIdx.z % p.n_column_tiles;
-    const int stream        = blockIdx.z / p.n_column_tiles;
-    const int first_column  = column_tile * COLUMNS;
-    const int n_columns     = min(COLUMNS, p.n_q * p.gqa - first_column);
+    const int first_head   = blockIdx.x * n_heads;
+    const int kv_head      = first_head + head_of_block;
+    const int split        = blockIdx.y;
+    const int stream       = p.n_column_tiles == 1 ? blockIdx.z : blockIdx.z / p.n_column_tiles;
+    const int first_column = (blockIdx.z - stream * p.n_column_tiles) * COLUMNS;
+    const int n_columns    = min(COLUMNS, p.n_q * p.gqa - first_column);
 
-    extern __shared__ __align__(16) uint8_t shared[];
-    uint32_t *                              operands = (uint32_t *) (shared + head_of_block * memory::OPERANDS);
-    float *   units   = (float *) (shared + p.n_head_block * memory::OPERANDS) + head_of_block * COLUMNS;
-    float *   scratch = (float *) (shared + p.n_head_block * (memory::OPERANDS + COLUMNS * 4)) + warp * D;
-    uint8_t * stages  = shared + memory::head(p.n_head_block, n_warps);
+    uint8_t *  shared   = dynamic_shared();
+    uint32_t * operands = (uint32_t *) (shared + head_of_block * memory::OPERANDS);
+    float *    units    = (float *) (shared + n_heads * memory::OPERANDS) + head_of_block * COLUMNS;
+    float *    scratch  = (float *) (shared + n_heads * (memory::OPERANDS + COLUMNS * 4)) + warp * D;
+    uint8_t *  slots    = shared + memory::head(n_heads, n_warps);
 
     // Query token and query head of column c of a KV head; behind the last column, those of the last.
     const auto place_of = [&](int c) {
         const int column = first_column + min(c, n_columns - 1);
-        const int token  = (int) ((column * p.gqa_inverse) >> 32);
+        const int token  = p.gqa == 1 ? column : __umulhi(column, p.gqa_inverse);
         return make_int2(token, kv_head * p.gqa + column - token * p.gqa);
     };
-    const auto query_of = [&](int c) {
+    const char * q_data   = p.q + stream * p.q_nb3;
+    const auto   query_of = [&](int c) {
         const int2 place = place_of(c);
-        return c < n_columns ? (const float *) (p.q + place.x * p.q_nb1 + place.y * p.q_nb2 + stream * p.q_nb3)
-                             : nullptr;
+        return c < n_columns ? (const float *) (q_data + (int64_t) place.x * p.q_nb1 + (int64_t) place.y * p.q_nb2)
+                               : nullptr;
     };
-    ggml_cuda_pdl_sync();  // what is read from here on may be another kernel's output
-    float fetched[D / 32];
-    tile::fetch_query(query_of(group), fetched, lane);
 
-    // 1. The first tiles of this group are on their way: every n_split * n_groups-th is its own.
-    const int    kv_stream   = stream / p.n_stream_q_per_kv;
-    const char * k_data      = p.k.data + first_head * p.k.nb2 + kv_stream * p.k.nb3;
-    const char * v_data      = p.v.data + first_head * p.v.nb2 + kv_stream * p.v.nb3;
-    const int    n_tiles     = (p.n_kv + KEYS - 1) / KEYS;
-    const int    first_tile  = split * n_groups + group;
-    const int    step        = p.n_split * n_groups;
-    const int    k_bytes     = KEYS * p.k.row + 16;
-    const int    stage_bytes = memory::stage(p.k.row, p.v.row);
-    stages += group * p.n_stage * stage_bytes;
+    // Tile j of this block is tile split + j * n_split of all; it has slot j % n_slots, and group j % n_groups.
+    const int               kv_stream  = p.n_stream_q_per_kv == 1 ? stream : stream / p.n_stream_q_per_kv;
+    const char *            k_data     = p.k.data + (int64_t) first_head * p.k.nb2 + kv_stream * p.k.nb3;
+    const char *            v_data     = p.v.data + (int64_t) first_head * p.v.nb2 + kv_stream * p.v.nb3;
+    const int               n_tiles    = (p.n_kv + KEYS - 1) / KEYS;
+    const int               first_tile = split + group * p.n_split;
+    const int               step       = n_groups * p.n_split;
+    const int               k_bytes    = KEYS * p.k.row + 16;
+    const int               slot_bytes = memory::slot(KEYS, p.k.row, p.v.row);
+    // Has a slot's tile arrived for the n-th time? There is a barrier for even n and one for odd n: it is always the
+    // same group that waits for one, and so none is two uses behind, which a barrier could not tell from none.
+    __shared__ bulk_barrier arrived[2 * DECODE_MAX_SLOTS];
+    __shared__ bulk_barrier done[DECODE_MAX_SLOTS];  // of a slot: its warps need it no more
+    const auto              arrived_of = [&](int slot, int use) { return &arrived[slot + (use & 1) * p.n_slots]; };
 #    ifdef TURBOKV_BULK_COPIES
     const bool bulk = p.k.copy != COPY_PIECES;
 #    else
     constexpr bool bulk = false;
 #    endif
-    __shared__ bulk_barrier arrived[DECODE_MAX_WARPS * DECODE_MAX_STAGES];  // [group][slot]
-    if (bulk) {
-        if (warp == 0) {
-            for (int i = lane; i < n_groups * p.n_stage; i += 32) {
-                bulk_barrier_init(&arrived[i]);
-            }
-        }
-        __syncthreads();
-    }
-    const auto stage = [&](int tile, int slot) {
+    const auto fetch_in_bulk = [&](int tile, int slot, int use) {  // by one warp
         if (tile < n_tiles) {
-            const int first = tile * KEYS;
-            uint8_t * to    = stages + slot * stage_bytes;
-            if (bulk) {
-                bulk_barrier * barrier = &arrived[group * p.n_stage + slot];
-                if (head_of_block == 0 && lane == 0) {
-                    bulk_barrier_expect(barrier, min(KEYS, p.n_kv - first) * (p.k.slice + p.v.slice));
-                }
-                stage_in_bulk<KEYS>(p.k, k_data, first, p.n_kv, to, barrier, head_of_block, p.n_head_block, lane);
-                stage_in_bulk<KEYS>(p.v, v_data, first, p.n_kv, to + k_bytes, barrier, head_of_block, p.n_head_block,
-                                    lane);
-                return;
+            const int      first = tile * KEYS, n = min(KEYS, p.n_kv - first);
+            uint8_t *      to      = slots + slot * slot_bytes;
+            bulk_barrier * barrier = arrived_of(slot, use);
+            if (lane == 0) {
+                bulk_barrier_expect(barrier, n * (p.k.slice + p.v.slice));
             }
-            stage_rows<KEYS>(p.k, k_data, first, p.n_kv, to, head_of_block, p.n_head_block, lane);
-            stage_rows<KEYS>(p.v, v_data, first, p.n_kv, to + k_bytes, head_of_block, p.n_head_block, lane);
+            __syncwarp();
+            stage_in_bulk(p.k, k_data + (int64_t) first * p.k.nb1, n, to, barrier, lane);
+            stage_in_bulk(p.v, v_data + (int64_t) first * p.v.nb1, n, to + k_bytes, barrier, lane);
+        }
+    };
+    const auto fetch_in_pieces = [&](int tile, int slot) {  // by the warps of a group
+        if (tile < n_tiles) {
+            uint8_t * to = slots + slot * slot_bytes;
+            stage_rows<KEYS>(p.k, k_data, tile * KEYS, p.n_kv, to, head_of_block, n_heads, lane);
+            stage_rows<KEYS>(p.v, v_data, tile * KEYS, p.n_kv, to + k_bytes, head_of_block, n_heads, lane);
         }
         copy_async_commit();  // an empty group of copies, too: waiting counts them
     };
-    for (int i = 0; i < p.n_stage - 1; ++i) {
-        stage(first_tile + i * step, i);
-    }
-
-    // 2. The query.
-    for (int c = group; c < COLUMNS; c += n_groups) {
-        float next[D / 32];
-        tile::fetch_query(query_of(c + n_groups), next, lane);
-        const float unit = tile::store_query(p, fetched, scratch, operands, c, lane);
-        if (lane == 0) {
-            units[c] = unit;
-        }
-#    pragma unroll
-        for (int i = 0; i < D / 32; ++i) {
-            fetched[i] = next[i];
+    if (bulk && lane == 0) {
+#    pragma unroll 1
+        for (int i = warp; i < p.n_slots; i += n_warps) {  // those that this warp will fill first
+            bulk_barrier_init(arrived_of(i, 0), 1);
+            bulk_barrier_init(arrived_of(i, 1), 1);
+            bulk_barrier_init(&done[i], n_heads);
         }
     }
+    const char * mask_data = p.mask + (p.mask_ne3 == 1 ? 0 : stream % p.mask_ne3) * p.mask_nb3;
     float        slope[NT];
     const half * mask[NT];
 #    pragma unroll
@@ -205,31 +186,79 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         slope[nt]        = LOG2E;
         if (p.max_bias > 0.0f) {
             const bool low = place.y < (int) p.n_head_log2;
-            slope[nt] *= powf(low ? p.m0 : p.m1, low ? place.y + 1 : 2 * (place.y - (int) p.n_head_log2) + 1);
+            slope[nt] *= exp2_approx(low ? p.slope_step * (place.y + 1)
+                                         : p.slope_step / 2 * (2 * (place.y - (int) p.n_head_log2) + 1));
         }
-        mask[nt] = (const half *) (p.mask + place.x * p.mask_nb1 + place.y % p.mask_ne2 * p.mask_nb2 +
-                                   stream % p.mask_ne3 * p.mask_nb3);
+        const int mask_head = p.mask_ne2 == 1 ? 0 : place.y % p.mask_ne2;
+        mask[nt] = (const half *) (mask_data + (int64_t) place.x * p.mask_nb1 + (int64_t) mask_head * p.mask_nb2);
     }
     // Whether any column sees any key of a tile, and whether the mask says more than that all are seen. Known a tile
     // ahead, from loads that are under way while K is scored.
     bool       any_next, biased_next;
     const auto look = [&](const uint32_t(&seen)[NT][tile::R / 2]) {
-        any_next = biased_next = false;
+        uint32_t not_hidden = 0, not_zero = 0;
 #    pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
 #    pragma unroll
             for (int r = 0; r < tile::R / 2; ++r) {
-                any_next    = any_next || seen[nt][r] != tile::HIDDEN * 0x10001;
-                biased_next = biased_next || seen[nt][r] != 0;
+                not_hidden |= seen[nt][r] ^ tile::HIDDEN * 0x10001;
+                not_zero |= seen[nt][r];
             }
         }
-        any_next    = __any_sync(0xffffffff, any_next);
-        biased_next = __any_sync(0xffffffff, biased_next);
+        any_next    = __any_sync(0xffffffff, not_hidden != 0);
+        biased_next = __any_sync(0xffffffff, not_zero != 0);
     };
-    {
-        uint32_t seen[NT][tile::R / 2];
-        tile::glance(p, mask, first_tile * KEYS, g, seen);
-        look(seen);
+    constexpr int AHEAD = COLUMNS < 4 ? COLUMNS : 4;
+    const float * query[AHEAD];
+#    pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        query[i] = query_of(group + i * n_groups);
+    }
+
+    // 1. All that needs no other kernel's output has been done. What comes from far away is asked for: the first tile
+    // of each group, the queries of this warp, its part of the mask. The other slots are filled while these are waited
+    // for.
+    ggml_cuda_pdl_sync();
+    __syncwarp();
+    if (bulk) {
+        if (warp < n_groups) {
+            fetch_in_bulk(split + warp * p.n_split, warp, 0);
+        }
+    } else {
+#    pragma unroll 1
+        for (int i = group; i < p.n_slots - n_groups; i += n_groups) {
+            fetch_in_pieces(split + i * p.n_split, i);
+        }
+    }
+    float fetched[AHEAD][D / 32];
+#    pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        tile::fetch_query(query[i], fetched[i], lane);
+    }
+    uint32_t seen_first[NT][tile::R / 2];
+    tile::glance(p, mask, first_tile * KEYS, g, seen_first);
+
+    // 2. The query.
+    for (int c = group; c < COLUMNS; c += n_groups) {
+        const float unit = tile::store_query(p, fetched[0], scratch, operands, c, lane);
+        if (lane == 0) {
+            units[c] = unit;
+        }
+#    pragma unroll
+        for (int i = 0; i < AHEAD - 1; ++i) {
+#    pragma unroll
+            for (int j = 0; j < D / 32; ++j) {
+                fetched[i][j] = fetched[i + 1][j];
+            }
+        }
+        tile::fetch_query(query_of(c + AHEAD * n_groups), fetched[AHEAD - 1], lane);
+    }
+    look(seen_first);
+    if (bulk) {
+#    pragma unroll 1
+        for (int i = warp < n_groups ? warp + n_warps : warp; i < p.n_slots; i += n_warps) {
+            fetch_in_bulk(split + i * p.n_split, i, 0);
+        }
     }
     __syncthreads();
 
@@ -255,113 +284,163 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         top[nt] = -INFINITY;
         sum[nt] = 0.0f;
     }
-    int slot = 0, next_slot = p.n_stage - 1, parity = 0;
-    for (int i = first_tile; i < n_tiles; i += step) {
+    int slot = group, use = 0;
+    int i = first_tile;
+    for (; i < n_tiles; i += step) {
         const int  first  = i * KEYS;
         const bool any    = any_next;
         const bool biased = biased_next;
 
         if (bulk) {
-            bulk_barrier_wait(&arrived[group * p.n_stage + slot], parity);
-        } else if (p.n_stage == 2) {
-            copy_async_wait<0>();
-        } else if (p.n_stage == 3) {
-            copy_async_wait<1>();
+            bulk_barrier_wait(arrived_of(slot, use), use >> 1 & 1);
         } else {
-            copy_async_wait<2>();
+            const int ahead = p.n_slots / n_groups - 1;
+            if (ahead == 1) {
+                copy_async_wait<0>();
+            } else if (ahead == 2) {
+                copy_async_wait<1>();
+            } else {
+                copy_async_wait<2>();
+            }
+            group_barrier(group, n_heads);  // all have this tile, and nobody needs the one before it
+            fetch_in_pieces(i + ahead * step, slot < n_groups ? slot + ahead * n_groups : slot - n_groups);
         }
-        group_barrier(group, p.n_head_block);  // all have this tile, and nobody needs the one before it
-        stage(i + (p.n_stage - 1) * step, next_slot);
-        const uint8_t * k_rows =
-            stages + slot * stage_bytes + ((uintptr_t) (k_data + first * p.k.nb1) & 15) + head_of_block * tile::K_HEAD;
-        const uint8_t * v_rows = stages + slot * stage_bytes + k_bytes + ((uintptr_t) (v_data + first * p.v.nb1) & 15) +
-                                 head_of_block * tile::V_HEAD;
-        next_slot = slot;
-        if (++slot == p.n_stage) {
-            slot = 0;
-            parity ^= 1;
-        }
+        const uint8_t * k_rows = slots + slot * slot_bytes + ((uintptr_t) (k_data + (int64_t) first * p.k.nb1) & 15) +
+                                 head_of_block * tile::K_HEAD;
+        const uint8_t * v_rows = slots + slot * slot_bytes + k_bytes +
+                                 ((uintptr_t) (v_data + (int64_t) first * p.v.nb1) & 15) + head_of_block * tile::V_HEAD;
 
         uint32_t seen_next[NT][tile::R / 2];
         tile::glance(p, mask, first + step * KEYS, g, seen_next);
         if (!any) {
             look(seen_next);
-            continue;
-        }
-        float s[NT][tile::R];
-        tile::scores(p, k_rows, q, q_shared, lane, s);
-        tile::scale_scores(p, q_unit, s);
-        if (biased) {
-            uint32_t seen[NT][tile::R / 2];
-            tile::load_mask(p, mask, first, g, seen);
-            tile::add_mask(seen, slope, s);
-        }
-        look(seen_next);
+        } else {
+            float s[NT][tile::R];
+            tile::scores(p, k_rows, q, q_shared, lane, s);
+            tile::scale_scores(p, q_unit, s);
+            if (biased) {
+                uint32_t seen[NT][tile::R / 2];
+                tile::load_mask(p, mask, first, g, seen);
+                tile::add_mask(seen, slope, s);
+            }
+            look(seen_next);
 
-        float weight[NT], factor[NT];
-        if (tile::softmax(s, top, sum, weight, factor)) {
+            float weight[NT], factor[NT];
+            if (tile::softmax(s, top, sum, weight, factor)) {
 #    pragma unroll
-            for (int nt = 0; nt < NT; ++nt) {
+                for (int nt = 0; nt < NT; ++nt) {
 #    pragma unroll
-                for (int n = 0; n < tile::V_TILES; ++n) {
-                    o[nt][n] *= factor[nt];
+                    for (int n = 0; n < tile::V_TILES; ++n) {
+                        o[nt][n] *= factor[nt];
+                    }
                 }
             }
-        }
 #    pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-            weight[nt] *= p.v.step;
+            for (int nt = 0; nt < NT; ++nt) {
+                weight[nt] *= p.v.step;
+            }
+            tile::add_values(p, v_rows, s, weight, biased, lane, o);
         }
-        tile::add_values(p, v_rows, s, weight, lane, o);
+        if (bulk) {  // the last warp to need a slot has it filled again
+            __syncwarp();
+            bool last = false;
+            if (lane == 0) {
+                last = bulk_barrier_arrive(&done[slot]);
+            }
+            if (__shfl_sync(0xffffffff, last, 0)) {
+                bulk_barrier_wait(&done[slot], use & 1);  // it does not; what the others have read has been read
+                fetch_in_bulk(i + p.n_slots * p.n_split, slot, use + 1);
+            }
+        }
+        slot += n_groups;
+        if (slot >= p.n_slots) {
+            slot -= p.n_slots;
+            use++;
+        }
     }
     copy_async_wait<0>();
     ggml_cuda_pdl_lc();  // flash_attn_combine may be set up
+    if (!bulk && i - group * p.n_split < n_tiles) {
+        group_barrier(group, n_heads);  // racecheck wants all groups to have met the same number of times
+    }
 
-    // 4. The groups are merged.
-    __syncthreads();
-    stages                = shared + memory::head(p.n_head_block, n_warps);
-    const auto merge_o    = [&](int w) { return (float *) (stages + w * memory::MERGE); };
-    const auto merge_meta = [&](int w) { return (float2 *) (merge_o(w) + COLUMNS * D); };
+    // 4. The groups are merged: relative to the greatest score of all, the second half of them is added to the first
+    // until one is left.
+    float2 * meta = (float2 *) (scratch - warp * D);  // [warp][column]: greatest score, sum
 #    pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
         sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 4);
         sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 8);
         sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 16);
-        const int c = DECODE_COLUMNS * nt + t;
         if (g == 0) {
-            merge_meta(warp)[c] = make_float2(top[nt], sum[nt]);
-        }
-        if (c < n_columns) {
-#    pragma unroll
-            for (int n = 0; n < tile::V_TILES; ++n) {
-                merge_o(warp)[c * D + tile::v_place(p, n, g)] = o[nt][n];
-            }
+            meta[warp * COLUMNS + DECODE_COLUMNS * nt + t] = make_float2(top[nt], sum[nt]);
         }
     }
     __syncthreads();
-    for (int c = group; c < n_columns; c += n_groups) {
-        const int2    place = place_of(c);
-        const int64_t at    = (((int64_t) stream * p.n_head + place.y) * p.n_q + place.x) * p.n_split + split;
-
-        float most = -INFINITY, total = 0.0f, value[D / 32] = {};
-        for (int w = head_of_block; w < n_warps; w += p.n_head_block) {
-            most = fmaxf(most, merge_meta(w)[c].x);
-        }
-        for (int w = head_of_block; w < n_warps; w += p.n_head_block) {
-            const float2 m      = merge_meta(w)[c];
-            const float  weight = m.x == -INFINITY && m.y == 0.0f ? 0.0f : exp2_approx(m.x - most);
-            total += m.y * weight;
 #    pragma unroll
-            for (int i = 0; i < D / 32; ++i) {
-                value[i] += merge_o(w)[c * D + 32 * i + lane] * weight;
+    for (int nt = 0; nt < NT; ++nt) {
+        const float2 * of_column = meta + head_of_block * COLUMNS + DECODE_COLUMNS * nt + t;
+        float          most = -INFINITY, total = 0.0f;
+#    pragma unroll 1
+        for (int w = 0; w < n_groups; ++w) {
+            most = fmaxf(most, of_column[w * n_heads * COLUMNS].x);
+        }
+        const auto weight_of = [&](float2 m) {  // one without a visible key has no score
+            return m.x == -INFINITY && m.y == 0.0f ? 0.0f : exp2_approx(m.x - most);
+        };
+#    pragma unroll 1
+        for (int w = 0; w < n_groups; ++w) {
+            const float2 m = of_column[w * n_heads * COLUMNS];
+            total += m.y * weight_of(m);
+        }
+        const float weight = weight_of(make_float2(top[nt], sum[nt]));
+        top[nt]            = most;
+        sum[nt]            = total;
+#    pragma unroll
+        for (int n = 0; n < tile::V_TILES; ++n) {
+            o[nt][n] *= weight;
+        }
+    }
+#    pragma unroll 1
+    for (int n = n_groups; n > 1;) {
+        const int half     = (n + 1) / 2;
+        float4 *  exchange = (float4 *) slots + (group % half * n_heads + head_of_block) * (memory::MERGE / 16) + lane;
+        if (group >= half && group < n) {
+#    pragma unroll
+            for (int i = 0; i < NT * tile::V_TILES; i += 4) {
+                const float * x = &o[i / tile::V_TILES][i % tile::V_TILES];
+                exchange[8 * i] = make_float4(x[0], x[1], x[2], x[3]);
             }
         }
+        __syncthreads();
+        if (group < n - half) {
 #    pragma unroll
-        for (int i = 0; i < D / 32; ++i) {
-            p.partial[at * D + 32 * i + lane] = value[i];
+            for (int i = 0; i < NT * tile::V_TILES; i += 4) {
+                const float4 x = exchange[8 * i];
+                float *      y = &o[i / tile::V_TILES][i % tile::V_TILES];
+                y[0] += x.x;
+                y[1] += x.y;
+                y[2] += x.z;
+                y[3] += x.w;
+            }
         }
-        if (lane == 0) {
-            p.meta[at] = make_float2(most, total);
+        n = half;
+        if (n > 1) {
+            __syncthreads();
+        }
+    }
+    if (group == 0) {
+#    pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            const int c = DECODE_COLUMNS * nt + t;
+            if (c < n_columns) {
+                const int2    place = place_of(c);
+                const int64_t at    = (((int64_t) stream * p.n_head + place.y) * p.n_q + place.x) * p.n_split + split;
+                tile::store_values(p, o[nt], p.partial + at * D, g);
+                if (g == 0) {
+                    p.meta[at] = make_float2(top[nt], sum[nt]);
+                }
+            }
         }
     }
 #else

@@ -9,9 +9,7 @@
 
 #pragma once
 
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "flash-attn-mma.cuh"
 
 enum kv_format {
     KV_PLANE2,   // turbo2, tbq2
@@ -27,14 +25,6 @@ enum kv_format {
 struct level_table {
     uint32_t bytes[4];
 };
-
-// Bit operations run at half the rate of multiplications, and decoding consists of them: where a multiplication does
-// the same as a shift, it is asked for.
-static __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t y;
-    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
-    return y;
-}
 
 // Words of which only 2-byte alignment is known.
 static __device__ __forceinline__ uint32_t load_u16(const uint8_t * p) {
@@ -52,14 +42,6 @@ static __device__ __forceinline__ float load_half(const uint8_t * p) {
 // mask ? a : b, bit by bit
 static __device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
     return (a & mask) | (b & ~mask);
-}
-
-// Byte i of the result is byte `selector nibble i` of a (0-3) and b (4-7); with its highest bit set, the sign of that
-// byte, eight times. (__byte_perm ignores the highest bits.)
-static __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-    uint32_t y;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
-    return y;
 }
 
 // The levels of four indices: nibbles 0-3 of x, or 4-7.
@@ -135,7 +117,7 @@ struct table_codec {
     }
 
     // `interleaved`: neighbouring fields are neighbouring values (tbqN), not values a plane apart (turboN).
-    static __device__ __forceinline__ int place(int g, int w, int n, bool interleaved) {
+    static constexpr __host__ __device__ int place(int g, int w, int n, bool interleaved) {
         const int byte = n >> 1;
         if constexpr (format == KV_STREAM3) {
             return 16 * g + 8 * w + n;
@@ -165,7 +147,7 @@ struct table_codec {
         }
     }
 
-    static __device__ __forceinline__ int k_place(int s, int t, int h, int i, bool interleaved) {
+    static constexpr __host__ __device__ int k_place(int s, int t, int h, int i, bool interleaved) {
         return place(t + 4 * (s / WORDS), s % WORDS, 4 * h + i, interleaved);
     }
 
@@ -219,7 +201,7 @@ struct byte_codec {
         }
     }
 
-    static __device__ __forceinline__ int k_place(int, int t, int h, int i, bool) { return 16 * h + 4 * t + i; }
+    static constexpr __host__ __device__ int k_place(int, int t, int h, int i, bool) { return 16 * h + 4 * t + i; }
 
     static __device__ __forceinline__ raw load(const uint8_t * block, int g) {
         if constexpr (format == KV_Q8_0) {
@@ -241,7 +223,7 @@ struct byte_codec {
         b[3]                 = permute_bytes(top01, top23, 0x7632);
     }
 
-    static __device__ __forceinline__ int place(int g, int, int n, bool) { return 4 * g + n; }
+    static constexpr __host__ __device__ int place(int g, int, int n, bool) { return 4 * g + n; }
 };
 
 // ---- fp16: no codec, but sizes

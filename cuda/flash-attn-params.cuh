@@ -2,10 +2,6 @@
 
 #pragma once
 
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
 #include "flash-attn-formats.cuh"
 
 #define DECODE_COLUMNS 4  // of an operand
@@ -15,25 +11,34 @@ constexpr __host__ __device__ int decode_max_warps(int head_size, int column_til
     return head_size * column_tiles <= 256 ? 16 : 8;
 }
 
-// Keys of a tile. Of 64, sums become floats half as often; that takes more registers and more shared memory.
-constexpr __host__ __device__ int decode_keys(int head_size, int column_tiles, int bytes_per_key) {
-    return head_size * column_tiles <= 256 && bytes_per_key <= 104 ? 64 : 32;
+// The architecture that device code is compiled for, as __CUDA_ARCH__.
+#ifdef __CUDA_ARCH__
+#    define TURBOKV_ARCH __CUDA_ARCH__
+#else
+#    define TURBOKV_ARCH 0
+#endif
+
+// Keys of a tile. Of 64, sums become floats half as often; that takes more registers, and the 227 KiB of shared memory
+// of Hopper and the Blackwell of data centers. `arch` is that of the compiled kernel.
+constexpr __host__ __device__ int decode_keys(int head_size, int column_tiles, int bytes_per_key, int arch) {
+    return head_size * column_tiles <= 256 && bytes_per_key <= 132 && arch >= 900 && arch < 1200 ? 64 : 32;
 }
 
 // How rows get into shared memory.
 enum decode_copy {
     COPY_PIECES,  // 16 bytes at a time, whatever the alignment; then both operands
     COPY_ROWS,    // by the copy engine, row by row: slices that begin and end at multiples of 16 bytes
-    COPY_SHARE,   // by the copy engine, all rows of a warp's share at once: a slice is the whole row
+    COPY_TILE,    // by the copy engine, all rows of a tile at once: a slice is the whole row
 };
 
 // One of K and V.
 struct decode_operand {
     const char * data;
-    int64_t      nb1, nb2, nb3;  // bytes from key to key, KV head to KV head, stream to stream
-    int          row;            // bytes from row to row in shared memory, = nb1 modulo 16
-    int          slice;          // bytes of a row that a block stages: those of its KV heads
-    int          lanes_log2;     // so many lanes copy a row in pieces
+    int          nb1, nb2;    // bytes from key to key, KV head to KV head
+    int64_t      nb3;         // stream to stream
+    int          row;         // bytes from row to row in shared memory, = nb1 modulo 16
+    int          slice;       // bytes of a row that a block stages: those of its KV heads
+    int          lanes_log2;  // so many lanes copy a row in pieces
     decode_copy  copy;
     bool         interleaved;  // tbqN: neighbouring fields are neighbouring values
     bool         rotated;      //   and the values are rotated
@@ -45,9 +50,11 @@ struct decode_params {
     decode_operand k, v;
 
     const char * q;  // float [head size][n_q][n_head][n_stream]
-    int64_t      q_nb1, q_nb2, q_nb3;
+    int          q_nb1, q_nb2;
+    int64_t      q_nb3;
     const char * mask;  // fp16 [n_kv][n_q][1 or n_head][1 or n_stream], or NULL
-    int64_t      mask_nb1, mask_nb2, mask_nb3;
+    int          mask_nb1, mask_nb2;
+    int64_t      mask_nb3;
     bool         mask_aligned;  // rows begin at multiples of 8 bytes
     int          mask_ne2, mask_ne3;
 
@@ -55,15 +62,14 @@ struct decode_params {
     float2 * meta;     // [n_stream][n_head][n_q][n_split]: greatest score, sum; scores in units of log 2
 
     int      n_kv, n_q, n_head, gqa, n_stream_q_per_kv, n_split, n_column_tiles;
-    int      n_head_block;  // KV heads of a block
-    int      n_stage;       // 2 .. 4
-    uint64_t gqa_inverse;   // 2^32 / gqa, rounded up
+    int      n_slots;      // of shared memory, a tile each
+    uint32_t gqa_inverse;  // 2^32 / gqa, rounded up; of 1 it is not needed
 
-    float    scale;    // of q * k; with a softcap divided by it
-    float    softcap;  // 0: none
-    float    max_bias, m0, m1;
-    uint32_t n_head_log2;
-    uint32_t srht_signs[4];  // bit i of word w: value 32w + i is negated
+    float    scale;                 // of q * k; with a softcap divided by it
+    float    softcap;               // 0: none
+    float    max_bias, slope_step;  // ALiBi: log2 of the slopes goes in such steps for the first
+    uint32_t n_head_log2;           //   so many heads, then in halves of them
+    uint32_t srht_signs[4];         // bit i of word w: value 32w + i is negated
 };
 
 #define LOG2E 1.4426950408889634f

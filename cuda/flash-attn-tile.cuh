@@ -21,10 +21,10 @@ struct decode_tile {
     static constexpr int COLUMNS = DECODE_COLUMNS * NT;
     static constexpr int K_HEAD  = D / k_codec::BLOCK * k_codec::BYTES;  // bytes of a head in a row
     static constexpr int V_HEAD  = D / v_codec::BLOCK * v_codec::BYTES;
-    static constexpr int KEYS    = decode_keys(D, NT, K_HEAD + V_HEAD);
+    static constexpr int KEYS    = decode_keys(D, NT, K_HEAD + V_HEAD, TURBOKV_ARCH);
     static constexpr int R       = KEYS / 8;  // keys of a lane
 
-    static constexpr bool Q_IN_REGISTERS = NT * K_STEPS <= 16;
+    static constexpr bool Q_IN_REGISTERS = NT == 1 && K_STEPS <= 8;
 
     // ---- the query
 
@@ -87,14 +87,11 @@ struct decode_tile {
                 top     = max(top, __float_as_uint(x[i][l]) & 0x7fffffff);
             }
         }
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) {
-            top = max(top, __shfl_xor_sync(0xffffffff, top, distance));
-        }
+        top                   = warp_max(top);
         // fp16: relative to the greatest, so that no query overflows. Else 127 * 256.
         constexpr float LIMIT = KF == KV_F16 ? 1.0f : 32512.0f;
         const float     most  = __uint_as_float(top);
-        const float     unit  = most > 0.0f ? LIMIT / most : 0.0f;
+        const float     unit  = __fdividef(LIMIT, fmaxf(most, 1e-30f));
         operands += (c / DECODE_COLUMNS * K_STEPS * 32 + c % DECODE_COLUMNS * 8) * 2;
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i) {
@@ -303,13 +300,51 @@ struct decode_tile {
 
     // ---- output: o[nt][n] += sum over the keys of p * V, of column 4nt + t, value v_place(n, g)
 
-    static __device__ __forceinline__ int v_place(const decode_params & p, int n, int g) {
+    static constexpr __host__ __device__ int v_place(int n, int g, bool interleaved) {
         if constexpr (VF == KV_F16) {
             return 16 * (n / 2) + 2 * g + n % 2;
         } else {
             constexpr int TILES = v_codec::BLOCK / 8;
             return n / TILES * v_codec::BLOCK +
-                   v_codec::place(g, n % TILES / v_codec::PART, n % v_codec::PART, p.v.interleaved);
+                   v_codec::place(g, n % TILES / v_codec::PART, n % v_codec::PART, interleaved);
+        }
+    }
+
+    // Which of a lane's values is at place `at` of a head, for g = 0; -1 if none is.
+    static constexpr __host__ __device__ int v_tile(int at, bool interleaved) {
+        for (int n = 0; n < V_TILES; ++n) {
+            if (v_place(n, 0, interleaved) == at) {
+                return n;
+            }
+        }
+        return -1;
+    }
+
+    template <bool interleaved>
+    static __device__ __forceinline__ void store_as(const float (&o)[V_TILES], float * to, int g) {
+        constexpr int VECTOR = VF == KV_F16 ? 2 : 4;  // neighbours of a lane
+#pragma unroll
+        for (int at = 0; at < D; at += VECTOR) {
+            const int n = v_tile(at, interleaved);
+            if (n >= 0) {
+                float * first = to + v_place(n, g, interleaved);
+                if constexpr (VECTOR == 2) {
+                    *(float2 *) first = make_float2(o[n], o[v_tile(at + 1, interleaved)]);
+                } else {
+                    *(float4 *) first = make_float4(o[n], o[v_tile(at + 1, interleaved)],
+                                                    o[v_tile(at + 2, interleaved)], o[v_tile(at + 3, interleaved)]);
+                }
+            }
+        }
+    }
+
+    // A lane's values to their places in `to`, which is aligned to 16 bytes.
+    static __device__ __forceinline__ void store_values(const decode_params & p, const float (&o)[V_TILES], float * to,
+                                                        int g) {
+        if ((VF == KV_PLANE2 || VF == KV_PLANE4) && p.v.interleaved) {
+            store_as<true>(o, to, g);
+        } else {
+            store_as<false>(o, to, g);
         }
     }
 
@@ -322,10 +357,11 @@ struct decode_tile {
         return lane & 4 ? make_uint2(l0, l1) : make_uint2(h0, h1);
     }
 
-    // `prob` are the probabilities of a lane's keys, `weight` is what the tile counts for.
+    // `prob` are the probabilities of a lane's keys, `weight` is what the tile counts for, `hidden` says that some are
+    // 0 because nobody may see the key, whatever it holds.
     static __device__ __forceinline__ void add_values(const decode_params & p, const uint8_t * rows,
-                                                      const float (&prob)[NT][R], const float (&weight)[NT], int lane,
-                                                      float (&o)[NT][V_TILES]) {
+                                                      const float (&prob)[NT][R], const float (&weight)[NT],
+                                                      bool hidden, int lane, float (&o)[NT][V_TILES]) {
         const int g = lane >> 2, t = lane & 3;
         if constexpr (VF == KV_F16) {
             uint2 b[NT][KEYS / 16];
@@ -381,7 +417,7 @@ struct decode_tile {
                 float unit[NT];
 #pragma unroll
                 for (int nt = 0; nt < NT; ++nt) {
-                    unit[nt] = weight[nt] * fixed_point(prob[nt], d, lane, b[nt]);
+                    unit[nt] = weight[nt] * fixed_point(prob[nt], d, hidden, lane, b[nt]);
                 }
 #pragma unroll
                 for (int part = 0; part < v_codec::PARTS; ++part) {
@@ -412,14 +448,23 @@ struct decode_tile {
 
     // Probability times scale as 16-bit numbers; returns their unit, without the step. Not finite where a key that
     // counts has a scale that is not: as unsigned numbers, infinity and NaN are above all finite floats.
-    static __device__ __forceinline__ float fixed_point(const float (&prob)[R], const float (&d)[R], int lane,
-                                                        uint2 (&b)[KEYS / 32]) {
+    static __device__ __forceinline__ float fixed_point(const float (&prob)[R], const float (&d)[R], bool hidden,
+                                                        int lane, uint2 (&b)[KEYS / 32]) {
         float    x[R];
         uint32_t top = 0;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            x[r] = prob[r] == 0.0f ? 0.0f : prob[r] * d[r];
-            top  = max(top, __float_as_uint(x[r]) & 0x7fffffff);
+            x[r] = prob[r] * d[r];
+        }
+        if (hidden) {
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+                x[r] = prob[r] == 0.0f ? 0.0f : x[r];
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            top = max(top, __float_as_uint(x[r]) & 0x7fffffff);
         }
         top              = max(top, __shfl_xor_sync(0xffffffff, top, 4));
         top              = max(top, __shfl_xor_sync(0xffffffff, top, 8));
