@@ -29,6 +29,9 @@ static int            n_failures = 0;
 static std::string    current;  // what ggml was asked for when it aborts
 static ggml_backend_t backend = nullptr;
 static bool           on_cpu  = true;
+static int            n_runs  = 1;  // on a GPU 3: called, captured, replayed
+
+static enum ggml_status (*compute_graph)(ggml_backend_t, ggml_cgraph *) = ggml_backend_graph_compute;
 
 static std::string format(const char * fmt, ...) {
     char    text[512];
@@ -61,6 +64,7 @@ static int open_device(const char * name) {
         if (on_cpu) {
             ggml_backend_cpu_set_n_threads(backend, 3);  // three: their shares of the work are uneven
         } else {
+            n_runs = 3;
             printf("%s: %s\n", name, ggml_backend_dev_description(device));
         }
         return 0;
@@ -218,7 +222,7 @@ struct graph {
     }
 
     void compute() {
-        const enum ggml_status status = ggml_backend_graph_compute(backend, nodes);
+        const enum ggml_status status = compute_graph(backend, nodes);
         if (status != GGML_STATUS_SUCCESS) {
             fail(format("%s: status %d", current.c_str(), status));
         }
