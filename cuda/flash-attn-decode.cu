@@ -55,26 +55,16 @@ __launch_bounds__(COMBINE_THREADS) static __global__
     const int   head = row / n_q % n_head;
     const float sink = sinks ? sinks[head] * LOG2E : -INFINITY;
 
-    float top = mine.x;
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, distance));
-    }
-    tops[warp] = top;
+    tops[warp] = warp_reduce_max(mine.x);
     __syncthreads();
-    top = sink;
+    float top = sink;
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) {
         top = fmaxf(top, tops[i]);
     }
-    const float weight = mine.x == -INFINITY && mine.y == 0.0f ? 0.0f : exp2_approx(mine.x - top);
-    float       sum    = mine.y * weight;
+    const float weight = part_weight(mine, top);
     weights[thread]    = weight;
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        sum += __shfl_xor_sync(0xffffffff, sum, distance);
-    }
-    sums[warp] = sum;
+    sums[warp]         = warp_reduce_sum(mine.y * weight);
     __syncthreads();
 
     // 2. The values.
@@ -106,7 +96,7 @@ __launch_bounds__(COMBINE_THREADS) static __global__
     }
     __syncthreads();
     if (thread < width) {
-        sum = sinks ? exp2_approx(sink - top) : 0.0f;
+        float sum = sinks ? exp2_approx(sink - top) : 0.0f;
 #pragma unroll
         for (int i = 0; i < WARPS; ++i) {
             sum += sums[i];
@@ -337,7 +327,7 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
     const int keys = decode_keys(head_size, plan.column_tiles,
                                  ggml_row_size(k->type, head_size) + ggml_row_size(v->type, head_size), arch);
     if (!fit_block(k, v, keys, decode_max_warps(head_size, plan.column_tiles), gpu.smpbo - DECODE_STATIC_BYTES,
-                   arch >= GGML_CUDA_CC_HOPPER, plan)) {
+                   decode_copies_in_bulk(arch), plan)) {
         return false;
     }
 

@@ -142,13 +142,9 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     // same group that waits for one, and so none is two uses behind, which a barrier could not tell from none.
     __shared__ bulk_barrier arrived[2 * DECODE_MAX_SLOTS];
     __shared__ bulk_barrier done[DECODE_MAX_SLOTS];  // of a slot: its warps need it no more
-    const auto              arrived_of = [&](int slot, int use) { return &arrived[slot + (use & 1) * p.n_slots]; };
-#    ifdef TURBOKV_BULK_COPIES
-    const bool bulk = p.k.copy != COPY_PIECES;
-#    else
-    constexpr bool bulk = false;
-#    endif
-    const auto fetch_in_bulk = [&](int tile, int slot, int use) {  // by one warp
+    const auto              arrived_of    = [&](int slot, int use) { return &arrived[slot + (use & 1) * p.n_slots]; };
+    const bool              bulk          = decode_copies_in_bulk(TURBOKV_ARCH) && p.k.copy != COPY_PIECES;
+    const auto              fetch_in_bulk = [&](int tile, int slot, int use) {  // by one warp
         if (tile < n_tiles) {
             const int      first = tile * KEYS, n = min(KEYS, p.n_kv - first);
             uint8_t *      to      = slots + slot * slot_bytes;
@@ -385,15 +381,12 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         for (int w = 0; w < n_groups; ++w) {
             most = fmaxf(most, of_column[w * n_heads * COLUMNS].x);
         }
-        const auto weight_of = [&](float2 m) {  // one without a visible key has no score
-            return m.x == -INFINITY && m.y == 0.0f ? 0.0f : exp2_approx(m.x - most);
-        };
 #    pragma unroll 1
         for (int w = 0; w < n_groups; ++w) {
             const float2 m = of_column[w * n_heads * COLUMNS];
-            total += m.y * weight_of(m);
+            total += m.y * part_weight(m, most);
         }
-        const float weight = weight_of(make_float2(top[nt], sum[nt]));
+        const float weight = part_weight(make_float2(top[nt], sum[nt]), most);
         top[nt]            = most;
         sum[nt]            = total;
 #    pragma unroll

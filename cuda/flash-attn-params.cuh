@@ -24,6 +24,11 @@ constexpr __host__ __device__ int decode_keys(int head_size, int column_tiles, i
     return head_size * column_tiles <= 256 && bytes_per_key <= 132 && arch >= 900 && arch < 1200 ? 64 : 32;
 }
 
+// Whether there is a copy engine that kernels can use.
+constexpr __host__ __device__ bool decode_copies_in_bulk(int arch) {
+    return arch >= 900;
+}
+
 // How rows get into shared memory.
 enum decode_copy {
     COPY_PIECES,  // 16 bytes at a time, whatever the alignment; then both operands
@@ -73,6 +78,11 @@ struct decode_params {
 };
 
 #define LOG2E 1.4426950408889634f
+
+// What a part (greatest score, sum) counts for, relative to the score `top`. One without a visible key has no score.
+static __device__ __forceinline__ float part_weight(float2 part, float top) {
+    return part.x == -INFINITY && part.y == 0.0f ? 0.0f : exp2_approx(part.x - top);
+}
 
 // The rotation inside tbqN over 128 values, of which lane i of a warp holds 4i .. 4i + 3; without the signs.
 static __device__ __forceinline__ void hadamard_128(float (&x)[4], int lane) {

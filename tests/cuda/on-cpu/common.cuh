@@ -315,6 +315,20 @@ inline bool __any_sync(unsigned mask, int v) {
     return __ballot_sync(mask, v) != 0;
 }
 
+inline float warp_reduce_sum(float x) {
+    for (int distance = WARP_SIZE / 2; distance > 0; distance /= 2) {
+        x += __shfl_xor_sync(~0u, x, distance);
+    }
+    return x;
+}
+
+inline float warp_reduce_max(float x) {
+    for (int distance = WARP_SIZE / 2; distance > 0; distance /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));
+    }
+    return x;
+}
+
 inline uint32_t warp_max(uint32_t x) {
     const char * slots = exchange_values(x);
     for (int lane = 0; lane < WARP_SIZE; ++lane) {
@@ -446,10 +460,6 @@ void copy_async_wait() {
     __syncwarp();
 }
 
-#if __CUDA_ARCH__ >= 900
-#    define TURBOKV_BULK_COPIES
-#endif
-
 typedef uint64_t bulk_barrier;
 
 struct bulk_state {
@@ -511,7 +521,6 @@ inline void bulk_copy(void * shared, const void * global, int bytes, bulk_barrie
 // ---- the host's side, on a device that a test describes
 
 #define GGML_CUDA_CC_TURING        750
-#define GGML_CUDA_CC_HOPPER        900
 #define GGML_CUDA_CC_IS_NVIDIA(cc) ((cc) > 0)
 #define CUDA_CHECK(x)              (void) (x)
 
