@@ -31,6 +31,8 @@ static ggml_backend_t backend = nullptr;
 static bool           on_cpu  = true;
 static int            n_runs  = 1;  // on a GPU 3: called, captured, replayed
 
+// What the device does, and how: a test may have a device that ggml does not know.
+static bool (*supports_op)(ggml_backend_t, const ggml_tensor *)         = ggml_backend_supports_op;
 static enum ggml_status (*compute_graph)(ggml_backend_t, ggml_cgraph *) = ggml_backend_graph_compute;
 
 static std::string format(const char * fmt, ...) {
@@ -205,7 +207,7 @@ struct graph {
         ggml_build_forward_expand(nodes, out);
         current = format("%s with %s", ggml_op_name(out->op), ggml_type_name(out->src[0]->type));
         for (int i = 0; i < ggml_graph_n_nodes(nodes); ++i) {
-            if (ggml_backend_supports_op(backend, ggml_graph_node(nodes, i))) {
+            if (supports_op(backend, ggml_graph_node(nodes, i))) {
                 continue;
             }
             if (required) {
