@@ -216,16 +216,11 @@ struct options : shape_options {
 static options parse(int argc, char ** argv) {
     options o;
     parse_options(argc, argv,
-                  {
-                      { "--heads", &o.n_head, 1024 },
-                      { "--kv-heads", &o.n_head_kv, 1024 },
-                      { "--head-size", &o.head_size, 1024 },
-                      { "--depth", &o.depth, 1 << 22 },
-                      { "--batch", &o.batch, 1 << 16 },
+                  o.numbers({
                       { "--threads", &o.n_threads, 512 },
                       { "--layers", &o.n_layers, 1024 },
                       { "--rounds", &o.n_rounds, 100000 },
-                  },
+                  }),
                   { { "--cache", &o.caches } }, { { "--hot", &o.hot }, { "--json", &o.json } });
     o.check();
     if (o.n_layers == 0) {

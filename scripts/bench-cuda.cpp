@@ -75,17 +75,12 @@ struct options : shape_options {
 static options parse(int argc, char ** argv) {
     options o;
     parse_options(argc, argv,
-                  {
-                      { "--heads", &o.n_head, 1024 },
-                      { "--kv-heads", &o.n_head_kv, 1024 },
-                      { "--head-size", &o.head_size, 1024 },
-                      { "--depth", &o.depth, 1 << 22 },
-                      { "--batch", &o.batch, 1 << 16 },
+                  o.numbers({
                       { "--seqs", &o.n_seqs, 1024 },
                       { "--layers", &o.n_layers, 1 << 12 },
                       { "--rounds", &o.n_rounds, 100000 },
                       { "--ms", &o.ms, 60000 },
-                  },
+                  }),
                   { { "--cache", &o.caches }, { "--op", &o.op }, { "--device", &o.device } },
                   { { "--json", &o.json } });
     o.check();

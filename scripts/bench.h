@@ -110,6 +110,16 @@ struct shape_options {
     int64_t depth;
     int64_t batch = 1;
 
+    // The options of all these, and more.
+    std::vector<number_option> numbers(const std::vector<number_option> & more) {
+        std::vector<number_option> all = {
+            { "--heads", &n_head, 1024 },   { "--kv-heads", &n_head_kv, 1024 }, { "--head-size", &head_size, 1024 },
+            { "--depth", &depth, 1 << 22 }, { "--batch", &batch, 1 << 16 },
+        };
+        all.insert(all.end(), more.begin(), more.end());
+        return all;
+    }
+
     void check() const {
         if (n_head % n_head_kv != 0) {
             fail(2, "--heads %d is no multiple of --kv-heads %d", (int) n_head, (int) n_head_kv);
