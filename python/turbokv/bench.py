@@ -12,6 +12,7 @@ from pathlib import Path
 
 from turbokv import native
 from turbokv.cell import Cell, CellFailed, Plan
+from turbokv.closing import child
 from turbokv.energy import Meter
 from turbokv.errors import TurbokvError, signal_name
 
@@ -71,18 +72,8 @@ def _run(command: list[str], timeout: float | None, meter: Meter | None) -> tupl
     TurbokvError when it cannot be started; whatever is raised, the process has ended."""
     peak: int | None = None
     started = time.monotonic()
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-    except OSError as error:
-        raise TurbokvError(f"{command[0]} cannot be started: {error.strerror}. Is it being rebuilt?") from error
-    try:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with child(command, **pipes) as process:
         delay = POLL / 25
         while True:
             peak = max(filter(None, (peak, peak_bytes(process.pid))), default=None)
@@ -95,10 +86,6 @@ def _run(command: list[str], timeout: float | None, meter: Meter | None) -> tupl
                 return process.returncode, output, errors, peak
             except subprocess.TimeoutExpired:
                 delay = min(2 * delay, POLL)
-    except BaseException:
-        process.kill()
-        process.communicate()
-        raise
 
 
 def _reason(status: int, errors: str) -> str:

@@ -10,11 +10,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from turbokv import native
-from turbokv.closing import Closing
+from turbokv.closing import Closing, child
 from turbokv.errors import TurbokvError, signal_name
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback: never through a proxy
@@ -48,7 +49,9 @@ class Server(Closing):
 
     def __init__(self, model: Path, arguments: list[str], start_timeout: float | None = None) -> None:
         self.url = f"http://127.0.0.1:{(port := _free_port())}"
-        self._log = tempfile.NamedTemporaryFile(prefix="turbokv-server-", suffix=".log")  # noqa: SIM115 closed in close()
+        self._owned = ExitStack()
+        log = tempfile.NamedTemporaryFile(prefix="turbokv-server-", suffix=".log")  # noqa: SIM115 closed in close()
+        self._log = self._owned.enter_context(log)
         command = [
             native.tool("llama-server"),
             "--model",
@@ -59,9 +62,10 @@ class Server(Closing):
             str(port),
             *arguments,
         ]
-        self._process = subprocess.Popen(list(map(str, command)), stdout=self._log, stderr=subprocess.STDOUT)
-        self.pid = self._process.pid
         try:
+            running = child(list(map(str, command)), stdout=self._log, stderr=subprocess.STDOUT)
+            self._process = self._owned.enter_context(running)
+            self.pid = self._process.pid
             self._wait(start_timeout or START_TIMEOUT)
         except BaseException:
             self.close()
@@ -105,10 +109,4 @@ class Server(Closing):
         self._process.wait()
 
     def close(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+        self._owned.close()

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from turbokv import circumstances, data, device, native, store
+from turbokv.closing import child
 from turbokv.device import ON_CPU, Placement
 from turbokv.errors import REFUSED, TurbokvError, signal_name
 from turbokv.plan import Plan, Task
@@ -286,28 +287,14 @@ def measure(cell: Cell, on_line: Callable[[str], None], turbokv: tuple[str, ...]
 
 def _call(command: tuple[str, ...], on_line: Callable[[str], None]) -> tuple[int, list[str]]:
     """Exit status, and what was written to stderr. However this is left, the command has ended."""
-    try:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            errors="replace", env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
-    except OSError as error:
-        raise TurbokvError(f"{command[0]} cannot be started: {error.strerror}") from error
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     lines: list[str] = []
-    try:
+    with child(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **pipes) as process:
         assert process.stderr
         for line in process.stderr:
             lines.append(line.rstrip())
             on_line(lines[-1])
         return process.wait(), lines
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def _result(cell: Cell, status: int, lines: list[str], output: Path) -> Result:
