@@ -15,7 +15,7 @@
 
 #define COMBINE_THREADS     256
 #define DECODE_MAX_SPLITS   COMBINE_THREADS
-#define DECODE_STATIC_BYTES 2048  // of shared memory: the barriers
+#define DECODE_STATIC_BYTES (4 * DECODE_MAX_SLOTS * 8)  // of shared memory: the barriers
 
 // Merges the parts of rows, a query token of a head each: [n_stream][n_head][n_q] as flash_attn_decode has written
 // them, `dst` as the operation wants it, [n_stream][n_q][n_head][head_size]. A block has 32, 64, 128 or 256 values of a
@@ -305,6 +305,9 @@ static bool make_plan(int device, const ggml_tensor * dst, decode_plan & plan) {
             return false;
         }
     }
+    if ((q->nb[1] | q->nb[2] | q->nb[3] | q->view_offs) % 16 != 0) {  // queries are loaded 16 bytes at a time
+        return false;
+    }
     for (const ggml_tensor * x : { q, k, v, (const ggml_tensor *) dst->src[3] }) {
         if (x && (x->nb[1] > INT_MAX || x->nb[2] > INT_MAX)) {
             return false;
@@ -443,21 +446,26 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
     const cudaStream_t stream = ctx.stream();
     const dim3         blocks(k->ne[2] / plan.n_heads, plan.n_split, plan.n_column_tiles * q->ne[3]);
-    CUDA_CHECK(cudaFuncSetAttribute(
-        (const void *) plan.launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-        (int) (ggml_cuda_info().devices[ctx.device].smpbo - DECODE_STATIC_BYTES)));  // of all plans
+    const size_t       max_shared = ggml_cuda_info().devices[ctx.device].smpbo - DECODE_STATIC_BYTES;
+    CUDA_CHECK(cudaFuncSetAttribute((const void *) plan.launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int) max_shared));  // of all plans
     ggml_cuda_kernel_launch(plan.launch.kernel,
                             { blocks, dim3(32, plan.n_heads, plan.n_groups), plan.shared_bytes, stream }, p);
 
     const uint4   signs      = { p.srht_signs[0], p.srht_signs[1], p.srht_signs[2], p.srht_signs[3] };
     const float * sinks_data = sinks ? (const float *) sinks->data : nullptr;
+    const int     nsm        = ggml_cuda_info().devices[ctx.device].nsm;
     int           width      = k->ne[0];  // of a block of threads; what is rotated stays together
-    while (!p.v.rotated && width > 32 &&
-           plan.n_rows * k->ne[0] / width <= ggml_cuda_info().devices[ctx.device].nsm / 2) {
+    while (!p.v.rotated && width > 32 && plan.n_rows * k->ne[0] / width <= nsm / 2) {
         width /= 2;
     }
-    ggml_cuda_kernel_launch(
-        flash_attn_combine, { dim3(plan.n_rows, k->ne[0] / width), dim3(COMBINE_THREADS), 0, stream }, p.partial,
-        p.meta, sinks_data, (float *) dst->data, (int) k->ne[0], width, p.n_q, p.n_head, p.n_split, p.v.rotated, signs);
+    // The few blocks that there are go to an SM each: they wait for memory, and two on one SM for each other.
+    const dim3   combine_blocks(plan.n_rows, k->ne[0] / width);
+    const size_t alone = combine_blocks.x * combine_blocks.y <= (unsigned) nsm ? max_shared / 2 : 0;
+    CUDA_CHECK(cudaFuncSetAttribute((const void *) flash_attn_combine, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int) (max_shared / 2)));
+    ggml_cuda_kernel_launch(flash_attn_combine, { combine_blocks, dim3(COMBINE_THREADS), alone, stream }, p.partial,
+                            p.meta, sinks_data, (float *) dst->data, (int) k->ne[0], width, p.n_q, p.n_head, p.n_split,
+                            p.v.rotated, signs);
     return true;
 }

@@ -27,15 +27,23 @@
 #define DECODE_MAX_WARPS 16
 #define DECODE_MAX_SLOTS 32  // of shared memory, a tile each
 
-// Bytes of shared memory: the query's operands of each KV head, what they are worth, a row of floats for each warp;
-// then the slots, where in the end the warps are merged.
+// What is known of a column, in shared memory: registers are scarce.
+struct decode_column {
+    const half * mask;   // of its query token and head
+    float        slope;  // of what the mask holds, log2(e) without ALiBi
+    float        unit;   // of its products with K
+};
+
+// Bytes of shared memory: the query's operands and the columns of each KV head, a row of floats for each warp; then the
+// slots, where in the end the warps are merged.
 template <class tile>
 struct decode_shared {
     static constexpr int OPERANDS = tile::COLUMNS / DECODE_COLUMNS * tile::K_STEPS * 32 * 8;
+    static constexpr int HEAD     = OPERANDS + tile::COLUMNS * (int) sizeof(decode_column);
     static constexpr int MERGE    = tile::COLUMNS * tile::V_TILES * 8 * 4;  // of a warp
 
     static __host__ __device__ int head(int n_heads, int n_warps) {
-        return n_heads * (OPERANDS + tile::COLUMNS * 4) + n_warps * tile::V_TILES * 8 * 4;
+        return n_heads * HEAD + n_warps * tile::V_TILES * 8 * 4;
     }
 
     static __host__ __device__ int slot(int keys, int k_row, int v_row) { return keys * (k_row + v_row) + 32; }
@@ -66,9 +74,14 @@ static __device__ __forceinline__ void stage_rows(const decode_operand & x, cons
     }
 }
 
-// The same through the copy engine, by one warp: n rows; what is behind them is left as it is.
+// The same through the copy engine, by one warp: n rows; what is behind them is left as it is. `expected` bytes are to
+// come to the barrier, with those of other copies; 0 if it has been told already.
 static __device__ __forceinline__ void stage_in_bulk(const decode_operand & x, const char * from, int n, uint8_t * slot,
-                                                     bulk_barrier * barrier, int lane) {
+                                                     bulk_barrier * barrier, int expected, int lane) {
+    if (expected != 0 && lane == 0) {
+        bulk_barrier_expect(barrier, expected);
+    }
+    __syncwarp();
     if (x.copy == COPY_TILE) {
         if (lane == 0) {
             bulk_copy(slot, from, n * x.slice, barrier);
@@ -110,11 +123,11 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     const int first_column = (blockIdx.z - stream * p.n_column_tiles) * COLUMNS;
     const int n_columns    = min(COLUMNS, p.n_q * p.gqa - first_column);
 
-    uint8_t *  shared   = dynamic_shared();
-    uint32_t * operands = (uint32_t *) (shared + head_of_block * memory::OPERANDS);
-    float *    units    = (float *) (shared + n_heads * memory::OPERANDS) + head_of_block * COLUMNS;
-    float *    scratch  = (float *) (shared + n_heads * (memory::OPERANDS + COLUMNS * 4)) + warp * D;
-    uint8_t *  slots    = shared + memory::head(n_heads, n_warps);
+    uint8_t *       shared   = dynamic_shared();
+    uint32_t *      operands = (uint32_t *) (shared + head_of_block * memory::HEAD);
+    decode_column * columns  = (decode_column *) ((uint8_t *) operands + memory::OPERANDS);
+    float *         scratch  = (float *) (shared + n_heads * memory::HEAD) + warp * D;
+    uint8_t *       slots    = shared + memory::head(n_heads, n_warps);
 
     // Query token and query head of column c of a KV head; behind the last column, those of the last.
     const auto place_of = [&](int c) {
@@ -141,20 +154,26 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     // Has a slot's tile arrived for the n-th time? There is a barrier for even n and one for odd n: it is always the
     // same group that waits for one, and so none is two uses behind, which a barrier could not tell from none.
     __shared__ bulk_barrier arrived[2 * DECODE_MAX_SLOTS];
-    __shared__ bulk_barrier done[DECODE_MAX_SLOTS];  // of a slot: its warps need it no more
-    const auto              arrived_of    = [&](int slot, int use) { return &arrived[slot + (use & 1) * p.n_slots]; };
-    const bool              bulk          = decode_copies_in_bulk(TURBOKV_ARCH) && p.k.copy != COPY_PIECES;
-    const auto              fetch_in_bulk = [&](int tile, int slot, int use) {  // by one warp
+    __shared__ bulk_barrier v_arrived[DECODE_MAX_SLOTS];  // V of its first tile
+    __shared__ bulk_barrier done[DECODE_MAX_SLOTS];       // its warps need it no more
+    const auto              arrived_of = [&](int slot, int use) { return &arrived[slot + (use & 1) * p.n_slots]; };
+    const bool              bulk       = decode_copies_in_bulk(TURBOKV_ARCH) && p.k.copy != COPY_PIECES;
+
+    // K and V of a tile, by one warp. V of a slot's first tile has a barrier of its own: it is asked for after K, and
+    // not needed before K has been scored.
+    const auto fetch_keys = [&](int tile, int slot, int use) {
         if (tile < n_tiles) {
-            const int      first = tile * KEYS, n = min(KEYS, p.n_kv - first);
-            uint8_t *      to      = slots + slot * slot_bytes;
-            bulk_barrier * barrier = arrived_of(slot, use);
-            if (lane == 0) {
-                bulk_barrier_expect(barrier, n * (p.k.slice + p.v.slice));
-            }
-            __syncwarp();
-            stage_in_bulk(p.k, k_data + (int64_t) first * p.k.nb1, n, to, barrier, lane);
-            stage_in_bulk(p.v, v_data + (int64_t) first * p.v.nb1, n, to + k_bytes, barrier, lane);
+            const int first = tile * KEYS, n = min(KEYS, p.n_kv - first);
+            const int expected = n * (use == 0 ? p.k.slice : p.k.slice + p.v.slice);
+            stage_in_bulk(p.k, k_data + (int64_t) first * p.k.nb1, n, slots + slot * slot_bytes, arrived_of(slot, use),
+                          expected, lane);
+        }
+    };
+    const auto fetch_values = [&](int tile, int slot, int use) {
+        if (tile < n_tiles) {
+            const int first = tile * KEYS, n = min(KEYS, p.n_kv - first);
+            stage_in_bulk(p.v, v_data + (int64_t) first * p.v.nb1, n, slots + slot * slot_bytes + k_bytes,
+                          use == 0 ? &v_arrived[slot] : arrived_of(slot, use), use == 0 ? n * p.v.slice : 0, lane);
         }
     };
     const auto fetch_in_pieces = [&](int tile, int slot) {  // by the warps of a group
@@ -170,28 +189,14 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         for (int i = warp; i < p.n_slots; i += n_warps) {  // those that this warp will fill first
             bulk_barrier_init(arrived_of(i, 0), 1);
             bulk_barrier_init(arrived_of(i, 1), 1);
+            bulk_barrier_init(&v_arrived[i], 1);
             bulk_barrier_init(&done[i], n_heads);
         }
-    }
-    const char * mask_data = p.mask + (p.mask_ne3 == 1 ? 0 : stream % p.mask_ne3) * p.mask_nb3;
-    float        slope[NT];
-    const half * mask[NT];
-#    pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-        const int2 place = place_of(DECODE_COLUMNS * nt + t);
-        slope[nt]        = LOG2E;
-        if (p.max_bias > 0.0f) {
-            const bool low = place.y < (int) p.n_head_log2;
-            slope[nt] *= exp2_approx(low ? p.slope_step * (place.y + 1)
-                                         : p.slope_step / 2 * (2 * (place.y - (int) p.n_head_log2) + 1));
-        }
-        const int mask_head = p.mask_ne2 == 1 ? 0 : place.y % p.mask_ne2;
-        mask[nt] = (const half *) (mask_data + (int64_t) place.x * p.mask_nb1 + (int64_t) mask_head * p.mask_nb2);
     }
     // Whether any column sees any key of a tile, and whether the mask says more than that all are seen. Known a tile
     // ahead, from loads that are under way while K is scored.
     bool       any_next, biased_next;
-    const auto look = [&](const uint32_t(&seen)[NT][tile::R / 2]) {
+    const auto look = [&](const uint32_t(&seen)[NT][tile::R / 2], int tile_index) {
         uint32_t not_hidden = 0, not_zero = 0;
 #    pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
@@ -202,7 +207,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
             }
         }
         any_next    = __any_sync(0xffffffff, not_hidden != 0);
-        biased_next = __any_sync(0xffffffff, not_zero != 0);
+        biased_next = __any_sync(0xffffffff, not_zero != 0) || (tile_index + 1) * KEYS > p.n_kv;
     };
     constexpr int AHEAD = COLUMNS < 4 ? COLUMNS : 4;
     const float * query[AHEAD];
@@ -211,14 +216,14 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         query[i] = query_of(group + i * n_groups);
     }
 
-    // 1. All that needs no other kernel's output has been done. What comes from far away is asked for: the first tile
-    // of each group, the queries of this warp, its part of the mask. The other slots are filled while these are waited
-    // for.
+    // 1. Much that needs no other kernel's output has been done. What comes from far away is asked for in the order in
+    // which it is needed: K of the first tile of each group, the queries of this warp, its part of the mask, V. The
+    // other slots are filled while these are waited for.
     ggml_cuda_pdl_sync();
     __syncwarp();
     if (bulk) {
         if (warp < n_groups) {
-            fetch_in_bulk(split + warp * p.n_split, warp, 0);
+            fetch_keys(split + warp * p.n_split, warp, 0);
         }
     } else {
 #    pragma unroll 1
@@ -231,14 +236,36 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     for (int i = 0; i < AHEAD; ++i) {
         tile::fetch_query(query[i], fetched[i], lane);
     }
+    const char * mask_data = p.mask + (p.mask_ne3 == 1 ? 0 : stream % p.mask_ne3) * p.mask_nb3;
+    const half * mask[NT];
+#    pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+        const int  c         = DECODE_COLUMNS * nt + t;
+        const int2 place     = place_of(c);
+        const int  mask_head = p.mask_ne2 == 1 ? 0 : place.y % p.mask_ne2;
+        mask[nt] = (const half *) (mask_data + (int64_t) place.x * p.mask_nb1 + (int64_t) mask_head * p.mask_nb2);
+        if (group == 0 && g == 0) {
+            float slope = LOG2E;
+            if (p.max_bias > 0.0f) {
+                const bool low = place.y < (int) p.n_head_log2;
+                slope *= exp2_approx(low ? p.slope_step * (place.y + 1)
+                                         : p.slope_step / 2 * (2 * (place.y - (int) p.n_head_log2) + 1));
+            }
+            columns[c].mask  = mask[nt];
+            columns[c].slope = slope;
+        }
+    }
     uint32_t seen_first[NT][tile::R / 2];
     tile::glance(p, mask, first_tile * KEYS, g, seen_first);
+    if (bulk && warp < n_groups) {
+        fetch_values(split + warp * p.n_split, warp, 0);
+    }
 
     // 2. The query.
     for (int c = group; c < COLUMNS; c += n_groups) {
         const float unit = tile::store_query(p, fetched[0], scratch, operands, c, lane);
         if (lane == 0) {
-            units[c] = unit;
+            columns[c].unit = unit * p.scale * p.k.step * (p.softcap == 0.0f ? LOG2E : 1.0f);
         }
 #    pragma unroll
         for (int i = 0; i < AHEAD - 1; ++i) {
@@ -249,11 +276,12 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         }
         tile::fetch_query(query_of(c + AHEAD * n_groups), fetched[AHEAD - 1], lane);
     }
-    look(seen_first);
+    look(seen_first, first_tile);
     if (bulk) {
 #    pragma unroll 1
         for (int i = warp < n_groups ? warp + n_warps : warp; i < p.n_slots; i += n_warps) {
-            fetch_in_bulk(split + i * p.n_split, i, 0);
+            fetch_keys(split + i * p.n_split, i, 0);
+            fetch_values(split + i * p.n_split, i, 0);
         }
     }
     __syncthreads();
@@ -265,11 +293,6 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         for (int i = 0; i < NT * tile::K_STEPS; ++i) {
             q[i] = q_shared[i * 32 + lane];
         }
-    }
-    float q_unit[NT];
-#    pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-        q_unit[nt] = units[DECODE_COLUMNS * nt + t] * p.scale * p.k.step * (p.softcap == 0.0f ? LOG2E : 1.0f);
     }
 
     // 3. The tiles.
@@ -287,6 +310,8 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         const bool any    = any_next;
         const bool biased = biased_next;
 
+        const uint8_t * k_rows = slots + slot * slot_bytes + head_of_block * tile::K_HEAD;
+        const uint8_t * v_rows = slots + slot * slot_bytes + head_of_block * tile::V_HEAD + k_bytes;
         if (bulk) {
             bulk_barrier_wait(arrived_of(slot, use), use >> 1 & 1);
         } else {
@@ -300,26 +325,41 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
             }
             group_barrier(group, n_heads);  // all have this tile, and nobody needs the one before it
             fetch_in_pieces(i + ahead * step, slot < n_groups ? slot + ahead * n_groups : slot - n_groups);
+            k_rows += (uintptr_t) (k_data + (int64_t) first * p.k.nb1) & 15;  // pieces are aligned, rows need not be
+            v_rows += (uintptr_t) (v_data + (int64_t) first * p.v.nb1) & 15;
         }
-        const uint8_t * k_rows = slots + slot * slot_bytes + ((uintptr_t) (k_data + (int64_t) first * p.k.nb1) & 15) +
-                                 head_of_block * tile::K_HEAD;
-        const uint8_t * v_rows = slots + slot * slot_bytes + k_bytes +
-                                 ((uintptr_t) (v_data + (int64_t) first * p.v.nb1) & 15) + head_of_block * tile::V_HEAD;
 
-        uint32_t seen_next[NT][tile::R / 2];
+        uint32_t     seen_next[NT][tile::R / 2];
+        const half * mask[NT];
+#    pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+            mask[nt] = columns[DECODE_COLUMNS * nt + t].mask;
+        }
         tile::glance(p, mask, first + step * KEYS, g, seen_next);
+        const auto wait_for_values = [&] {
+            if (bulk && use == 0) {
+                bulk_barrier_wait(&v_arrived[slot], 0);
+            }
+        };
         if (!any) {
-            look(seen_next);
+            wait_for_values();  // or they might come when the slot is filled again
+            look(seen_next, i + step);
         } else {
             float s[NT][tile::R];
             tile::scores(p, k_rows, q, q_shared, lane, s);
-            tile::scale_scores(p, q_unit, s);
+            float unit[NT], slope[NT];
+#    pragma unroll
+            for (int nt = 0; nt < NT; ++nt) {
+                unit[nt]  = columns[DECODE_COLUMNS * nt + t].unit;
+                slope[nt] = columns[DECODE_COLUMNS * nt + t].slope;
+            }
+            tile::scale_scores(p, unit, s);
             if (biased) {
                 uint32_t seen[NT][tile::R / 2];
                 tile::load_mask(p, mask, first, g, seen);
                 tile::add_mask(seen, slope, s);
             }
-            look(seen_next);
+            look(seen_next, i + step);
 
             float weight[NT], factor[NT];
             if (tile::softmax(s, top, sum, weight, factor)) {
@@ -335,6 +375,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
             for (int nt = 0; nt < NT; ++nt) {
                 weight[nt] *= p.v.step;
             }
+            wait_for_values();
             tile::add_values(p, v_rows, s, weight, biased, lane, o);
         }
         if (bulk) {  // the last warp to need a slot has it filled again
@@ -345,7 +386,8 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
             }
             if (__shfl_sync(0xffffffff, last, 0)) {
                 bulk_barrier_wait(&done[slot], use & 1);  // it does not; what the others have read has been read
-                fetch_in_bulk(i + p.n_slots * p.n_split, slot, use + 1);
+                fetch_keys(i + p.n_slots * p.n_split, slot, use + 1);
+                fetch_values(i + p.n_slots * p.n_split, slot, use + 1);
             }
         }
         slot += n_groups;
@@ -360,67 +402,55 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         group_barrier(group, n_heads);  // racecheck wants all groups to have met the same number of times
     }
 
-    // 4. The groups are merged: relative to the greatest score of all, the second half of them is added to the first
-    // until one is left.
-    float2 * meta = (float2 *) (scratch - warp * D);  // [warp][column]: greatest score, sum
+    // 4. The groups are merged: the second half of them is added to the first until one is left.
 #    pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
         sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 4);
         sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 8);
         sum[nt] += __shfl_xor_sync(0xffffffff, sum[nt], 16);
-        if (g == 0) {
-            meta[warp * COLUMNS + DECODE_COLUMNS * nt + t] = make_float2(top[nt], sum[nt]);
-        }
-    }
-    __syncthreads();
-#    pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-        const float2 * of_column = meta + head_of_block * COLUMNS + DECODE_COLUMNS * nt + t;
-        float          most = -INFINITY, total = 0.0f;
-#    pragma unroll 1
-        for (int w = 0; w < n_groups; ++w) {
-            most = fmaxf(most, of_column[w * n_heads * COLUMNS].x);
-        }
-#    pragma unroll 1
-        for (int w = 0; w < n_groups; ++w) {
-            const float2 m = of_column[w * n_heads * COLUMNS];
-            total += m.y * part_weight(m, most);
-        }
-        const float weight = part_weight(make_float2(top[nt], sum[nt]), most);
-        top[nt]            = most;
-        sum[nt]            = total;
-#    pragma unroll
-        for (int n = 0; n < tile::V_TILES; ++n) {
-            o[nt][n] *= weight;
-        }
     }
 #    pragma unroll 1
     for (int n = n_groups; n > 1;) {
-        const int half     = (n + 1) / 2;
-        float4 *  exchange = (float4 *) slots + (group % half * n_heads + head_of_block) * (memory::MERGE / 16) + lane;
+        const int half  = (n + 1) / 2;
+        const int place = group % half * n_heads + head_of_block;
+        float4 *  to    = (float4 *) slots + place * (memory::MERGE / 16) + lane;
+        float2 *  meta  = (float2 *) (scratch - warp * D) + place * COLUMNS + t;  // greatest score, sum
+
+        __syncthreads();  // nobody needs what has been there
         if (group >= half && group < n) {
 #    pragma unroll
             for (int i = 0; i < NT * tile::V_TILES; i += 4) {
                 const float * x = &o[i / tile::V_TILES][i % tile::V_TILES];
-                exchange[8 * i] = make_float4(x[0], x[1], x[2], x[3]);
+                to[8 * i]       = make_float4(x[0], x[1], x[2], x[3]);
+            }
+#    pragma unroll
+            for (int nt = 0; nt < NT; ++nt) {
+                if (g == 0) {
+                    meta[DECODE_COLUMNS * nt] = make_float2(top[nt], sum[nt]);
+                }
             }
         }
         __syncthreads();
         if (group < n - half) {
 #    pragma unroll
-            for (int i = 0; i < NT * tile::V_TILES; i += 4) {
-                const float4 x = exchange[8 * i];
-                float *      y = &o[i / tile::V_TILES][i % tile::V_TILES];
-                y[0] += x.x;
-                y[1] += x.y;
-                y[2] += x.z;
-                y[3] += x.w;
+            for (int nt = 0; nt < NT; ++nt) {
+                const float2 mine = make_float2(top[nt], sum[nt]), other = meta[DECODE_COLUMNS * nt];
+                const float  most   = fmaxf(mine.x, other.x);
+                const float  weight = part_weight(mine, most), other_weight = part_weight(other, most);
+                top[nt] = most;
+                sum[nt] = mine.y * weight + other.y * other_weight;
+#    pragma unroll
+                for (int i = 0; i < tile::V_TILES; i += 4) {
+                    const float4 x = to[8 * (nt * tile::V_TILES + i)];
+                    float *      y = &o[nt][i];
+                    y[0]           = y[0] * weight + x.x * other_weight;
+                    y[1]           = y[1] * weight + x.y * other_weight;
+                    y[2]           = y[2] * weight + x.z * other_weight;
+                    y[3]           = y[3] * weight + x.w * other_weight;
+                }
             }
         }
         n = half;
-        if (n > 1) {
-            __syncthreads();
-        }
     }
     if (group == 0) {
 #    pragma unroll

@@ -73,6 +73,14 @@ static __device__ __forceinline__ float4 mma_f16(const uint4 a, uint32_t b0, uin
     return d;
 }
 
+// A matrix of 8 x 8 halves of words, transposed. Lane 4g + t holds elements 2t and 2t + 1 of row g, the first in the
+// low half, and gets those of column g.
+static __device__ __forceinline__ uint32_t transpose_halves(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 // 16 bytes, both sides aligned to 16, from global to shared memory, in the background where the GPU can.
 static __device__ __forceinline__ void copy_async_16(void * shared, const void * global) {
 #    if __CUDA_ARCH__ >= 800

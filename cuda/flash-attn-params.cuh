@@ -54,7 +54,7 @@ struct decode_operand {
 struct decode_params {
     decode_operand k, v;
 
-    const char * q;  // float [head size][n_q][n_head][n_stream]
+    const char * q;  // float [head size][n_q][n_head][n_stream], rows begin at multiples of 16 bytes
     int          q_nb1, q_nb2;
     int64_t      q_nb3;
     const char * mask;  // fp16 [n_kv][n_q][1 or n_head][1 or n_stream], or NULL

@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "flash-attn-mma.cuh"
 #include "flash-attn-params.cuh"
 
@@ -31,11 +33,13 @@ struct decode_tile {
     static constexpr int Q_BLOCK    = D < 128 ? D : 128;  // what is rotated as one,
     static constexpr int Q_PER_LANE = Q_BLOCK / 32;       // of which a lane has so many neighbours
 
-    // q NULL: zeros.
+    // q NULL: zeros. Around L1, which is small beside the slots.
     static __device__ __forceinline__ void fetch_query(const float * q, float (&x)[D / 32], int lane) {
+        using vector = std::conditional_t<Q_PER_LANE == 2, float2, float4>;
 #pragma unroll
-        for (int i = 0; i < D / 32; ++i) {
-            x[i] = q ? q[Q_BLOCK * (i / Q_PER_LANE) + Q_PER_LANE * lane + i % Q_PER_LANE] : 0.0f;
+        for (int block = 0; block < D / Q_BLOCK; ++block) {
+            const vector y = q ? __ldcg((const vector *) (q + Q_BLOCK * block) + lane) : vector{};
+            memcpy(&x[Q_PER_LANE * block], &y, sizeof(y));
         }
     }
 
@@ -230,10 +234,12 @@ struct decode_tile {
         }
     }
 
-    // The same in another order, a lane's share of the tile in one piece where it is aligned.
+    // The same in another order, a lane's share of the tile in one piece where it is aligned. Zeros behind the last
+    // key: what is loaded is not looked at here, so that nobody waits for it.
     static __device__ __forceinline__ void glance(const decode_params & p, const half * const (&mask)[NT], int first,
                                                   int g, uint32_t (&x)[NT][R / 2]) {
-        if (p.mask && (!p.mask_aligned || first + KEYS > p.n_kv)) {
+        const bool whole = first + KEYS <= p.n_kv;
+        if (p.mask && first < p.n_kv && !(p.mask_aligned && whole)) {
             load_mask(p, mask, first, g, x);
             return;
         }
@@ -242,13 +248,10 @@ struct decode_tile {
             const char * from = (const char *) (mask[nt] + first) + g * (R * sizeof(half));
 #pragma unroll
             for (int r = 0; r < R / 2; r += 2) {
-                const uint2 y = p.mask ? *(const uint2 *) (from + r * 4) : make_uint2(0, 0);
+                const uint2 y = p.mask && whole ? *(const uint2 *) (from + r * 4) : make_uint2(0, 0);
                 x[nt][r]      = y.x;
                 x[nt][r + 1]  = y.y;
             }
-        }
-        if (!p.mask && first + KEYS > p.n_kv) {
-            x[0][0] = 1;  // some keys are not there
         }
     }
 
@@ -407,11 +410,15 @@ struct decode_tile {
                 for (int r = 0; r < R; ++r) {
                     d[r] = load_half(part_of_row + (8 * r + g) * p.v.row + v_codec::SCALE);
                 }
-                raw packed[STEPS][2][4];  // keys 32 step + 8i + 2t + half
+                // The order of fixed_point: [step][half][i] is key 32 step + 16 half + 8 (i % 2) + 2t + i / 2.
+                raw packed[STEPS][2][4];
 #pragma unroll
-                for (int i = 0; i < STEPS * 8; ++i) {
-                    packed[i / 8][i % 2][i / 2 % 4] =
-                        v_codec::load(part_of_row + (8 * (i / 2) + 2 * t + i % 2) * p.v.row, g);
+                for (int r = 0; r < R; ++r) {
+#pragma unroll
+                    for (int odd = 0; odd < 2; ++odd) {
+                        packed[r / 4][r / 2 % 2][r % 2 + 2 * odd] =
+                            v_codec::load(part_of_row + (8 * r + 2 * t + odd) * p.v.row, g);
+                    }
                 }
                 uint2 b[NT][STEPS];
                 float unit[NT];
@@ -437,8 +444,8 @@ struct decode_tile {
                                 c = mma_s8({ a[k][0][n], a[k][0][n + 1], a[k][1][n], a[k][1][n + 1] }, b[nt][k].x,
                                            b[nt][k].y, c);
                             }
-                            o[nt][at] += (float) (c.x * 256 + c.y) * unit[nt];
-                            o[nt][at + 1] += (float) (c.z * 256 + c.w) * unit[nt];
+                            o[nt][at] += (float) (c.y * 256 + c.x) * unit[nt];
+                            o[nt][at + 1] += (float) (c.w * 256 + c.z) * unit[nt];
                         }
                     }
                 }
@@ -473,13 +480,14 @@ struct decode_tile {
         const float unit = __fdividef(32512.0f, fmaxf(most, 1e-30f));
 #pragma unroll
         for (int k = 0; k < KEYS / 32; ++k) {
-            uint32_t number[4], high, low;
+            uint32_t number[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 number[i] = __float_as_uint(x[4 * k + i] * unit + (MAGIC + 128.0f));
             }
-            split_bytes(number[0], number[1], number[2], number[3], high, low);
-            b[k] = exchange(high, low, lane);
+            // Low bytes, then high bytes, of two keys: an element of the even columns, and one of the odd.
+            b[k].x = transpose_halves(permute_bytes(number[0], number[1], 0x5140) ^ 0x8080);
+            b[k].y = transpose_halves(permute_bytes(number[2], number[3], 0x5140) ^ 0x8080);
         }
         return (most + (most - most)) * (1.0f / 32512.0f);
     }

@@ -215,20 +215,23 @@ time_kernels() {
 
 bench_model() {
     [ -f "$model" ] || run model make-model python3 scripts/make_model.py -o "$model"
-    local cache result began
-    for cache in f16 q8_0 q4_0 turbo3; do
-        local command=("$bin/llama-bench" -m "$model" "${on_device[@]}" -fa 1 -ctk "$cache" -ctv "$cache"
-            -d "32768,131072" -p 512 -n 64 -r 3 -o jsonl)
-        say "llama-bench $cache"
-        began=$SECONDS
-        result=$("${command[@]}" 2>"$out/llama-bench-$cache.log") || fail "llama-bench failed; see $out/llama-bench-$cache.log"
-        record model "$cache" ok $((SECONDS - began)) "$result" "${command[@]}"
-        python3 - "$result" <<'PYTHON'
+    local what cache result began
+    for what in "-d 32768 -p 512 -n 64 -r 2" "-d 131072 -p 0 -n 64 -r 1"; do   # filling 131072 cells takes most of it
+        for cache in f16 turbo3 q8_0 q4_0; do
+            # shellcheck disable=SC2086  # $what is options
+            local command=("$bin/llama-bench" -m "$model" "${on_device[@]}" -fa 1 -ctk "$cache" -ctv "$cache" $what -o jsonl)
+            say "llama-bench $cache $what"
+            began=$SECONDS
+            result=$("${command[@]}" 2>"$out/llama-bench-$cache.log") ||
+                fail "llama-bench failed; see $out/llama-bench-$cache.log"
+            record model "$cache" ok $((SECONDS - began)) "$result" "${command[@]}"
+            python3 - "$result" <<'PYTHON'
 import json, sys
 for run in map(json.loads, sys.argv[1].splitlines()):
     what = f"generation at {run['n_depth']}" if run["n_gen"] else f"prompt at {run['n_depth']}"
     print(f"  {what:24} {run['avg_ts']:10.1f} +- {run['stddev_ts']:.1f} tokens/s")
 PYTHON
+        done
     done
 }
 

@@ -387,6 +387,15 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     return y;
 }
 
+inline uint32_t transpose_halves(uint32_t x) {
+    const char * slots = exchange_values(x);
+    const int    g = this_lane() / 4, t = this_lane() % 4;
+    const auto   element = [&](int row, int column) {
+        return of_lane<uint32_t>(slots, 4 * row + column / 2) >> 16 * (column % 2) & 0xffff;
+    };
+    return element(2 * t + 1, g) << 16 | element(2 * t, g);
+}
+
 struct mma_operands {
     uint4    a;
     uint32_t b0, b1;
@@ -430,6 +439,11 @@ inline float4 mma_f16(const uint4 a, uint32_t b0, uint32_t b1, const float4 c) {
     return { c.x + mma_element<float>(slots, g, 2 * t, product), c.y + mma_element<float>(slots, g, 2 * t + 1, product),
              c.z + mma_element<float>(slots, g + 8, 2 * t, product),
              c.w + mma_element<float>(slots, g + 8, 2 * t + 1, product) };
+}
+
+template <typename T>
+T __ldcg(const T * p) {
+    return *p;
 }
 
 // ---- copies in the background
