@@ -6,8 +6,9 @@
 
 Written: ggml-ext/generated/* (C tables, structs, prototypes, trait rows, name lists), tests/golden/*.bin (inputs, bytes
 and decoded values of every type), the type table in README.md and the hook table in docs/hooks.md; from record.py
-results/schema.json; from results/runs.jsonl the tables of measurements in README.md and results/README.md. Needs the
-package's dependencies.
+results/schema.json; from results/runs.jsonl the tables of measurements in README.md and results/README.md; from
+results/cuda-nvidia-h200/*.jsonl, which scripts/gpu.sh writes, those in docs/cuda-attention.md. Needs the package's
+dependencies.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +54,14 @@ TITLES = {
     "speed_tg": "Generation in tokens/s behind so many tokens, and as a multiple of f16 in the same rounds:",
     "speed_pp": "Reading a prompt, likewise:",
     "memory": "Bytes of the cache:",
+}
+
+GPU_RESULTS = ROOT / "results" / "cuda-nvidia-h200"
+GPU_TABLES = {  # of docs/cuda-attention.md: title of a column -> the run that scripts/gpu.sh calls so
+    "one": {f"{q}, {d}": f"decode-{8 * q}-{d}" for q in (4, 8) for d in (32768, 131072)},
+    "eight": {f"{q}, {d}": f"decode-{8 * q}-{d}-8seqs" for q in (4, 8) for d in (32768, 131072)},
+    "tokens": {str(n): f"batch-{n}" for n in (2, 4, 8, 16)} | {"4096": "prefill"},
+    "set_rows": {str(n): f"set-rows-{n}" for n in (1, 512, 4096)},
 }
 
 BANNER = "// Written by scripts/generate.py from python/turbokv/spec.py. Do not edit.\n"
@@ -250,6 +260,47 @@ def all_measured() -> str:
     return "".join(out)
 
 
+def gpu_lines(step: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (GPU_RESULTS / f"{step}.jsonl").read_text().splitlines()]
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rule = "|---" + "|---:" * (len(head) - 1) + "|\n"
+    first, *rest = (f"| {' | '.join(cells)} |\n" for cells in (head, *lines))
+    return "".join((first, rule, *rest))
+
+
+def gpu_times(columns: dict[str, str]) -> str:
+    """Microseconds, and that over f16's in the same rounds; a row per cache."""
+    runs = {line["name"]: line["result"][0]["caches"] for line in gpu_lines("time")}
+
+    def cell(cache: dict[str, Any]) -> str:
+        ratio = "" if cache["cache"] == "f16" else f" ({cache['ratio_to_f16']:.2f})"
+        return f"{cache['us']:.1f}{ratio}"
+
+    caches = [[cache["cache"] for cache in runs[name]] for name in columns.values()]
+    lines = [[name, *(cell(runs[run][i]) for run in columns.values())] for i, name in enumerate(caches[0])]
+    assert all(names == caches[0] for names in caches)
+    return table(["cache", *columns], lines)
+
+
+def gpu_model() -> str:
+    """Tokens/s of llama-bench."""
+    runs = {
+        (run["type_k"], run["n_gen"] > 0, run["n_depth"]): f"{run['avg_ts']:.1f}"
+        for line in gpu_lines("model")
+        for run in line["result"]
+    }
+    columns = {
+        "generation at 32768": (True, 32768),
+        "generation at 131072": (True, 131072),
+        "512-token prompts at 32768": (False, 32768),
+    }
+    caches = dict.fromkeys(cache for cache, *_ in runs)
+    lines = [[cache, *(runs.get((cache, *test), "not measured") for test in columns.values())] for cache in caches]
+    return table(["cache", *columns], lines)
+
+
 def with_tables(path: str, tables: dict[str, str]) -> bytes:
     """The file with each table between its markers."""
     text = (ROOT / path).read_text()
@@ -290,6 +341,8 @@ def wanted() -> dict[str, bytes]:
     readme = {name: mini[name] for name in ("kld", "needle", "speed_tg", "speed_pp")} | {"types": type_table()}
     files["README.md"] = with_tables("README.md", readme)
     files["results/README.md"] = with_tables("results/README.md", {"results": all_measured()})
+    gpu = {f"gpu_{name}": gpu_times(columns) for name, columns in GPU_TABLES.items()} | {"gpu_model": gpu_model()}
+    files["docs/cuda-attention.md"] = with_tables("docs/cuda-attention.md", gpu)
     files["docs/hooks.md"] = with_tables("docs/hooks.md", {"hooks": hook_table()})
     return files
 

@@ -39,6 +39,7 @@ def current(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / folder).mkdir()
     for file in (
         "README.md",
+        "docs/cuda-attention.md",
         "docs/hooks.md",
         "results/README.md",
         "results/runs.jsonl",
@@ -46,6 +47,7 @@ def current(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ggml-ext/hooks.toml",
     ):
         shutil.copy(repo / file, root / file)
+    shutil.copytree(repo / "results" / "cuda-nvidia-h200", root / "results" / "cuda-nvidia-h200")
     assert generate(root).returncode == 0
     return root
 
