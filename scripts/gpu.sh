@@ -30,18 +30,22 @@ HELP
 }
 
 step=all out='' prebuilt='' arch=native device=CUDA0 model='' model_bench='' quick=''
-absolute() { (cd "$start" && realpath -m -- "$1"); }
+# A path given on the command line, as it is called from the project's folder.
+path_here() {
+    local project=$PWD
+    (cd "$start" && realpath -m --relative-base="$project" -- "$1")
+}
 while [ $# -gt 0 ]; do
     case $1 in
         check | time | model | all) step=$1 ;;
         -o | --prebuilt | --arch | --device | --model)
             [ $# -ge 2 ] || fail "$1 needs a value; --help shows the options"
             case $1 in
-                -o) out=$(absolute "$2") ;;
-                --prebuilt) prebuilt=$(absolute "$2") ;;
+                -o) out=$(path_here "$2") ;;
+                --prebuilt) prebuilt=$(path_here "$2") ;;
                 --arch) arch=$2 ;;
                 --device) device=$2 ;;
-                --model) model=$(absolute "$2") ;;
+                --model) model=$(path_here "$2") ;;
             esac
             shift ;;
         --model-bench) model_bench=1 ;;

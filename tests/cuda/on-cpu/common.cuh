@@ -4,7 +4,7 @@
 //
 // What only a GPU would let pass is an error here: lanes that do not all come to an exchange, a block in which everyone
 // waits, bytes of a copy that are read before it was waited for or overwritten while they are needed (both are NaN
-// until the last moment), shared memory beyond what the launch has asked for.
+// until the last moment), copies that nobody waits for, shared memory beyond what the launch has asked for.
 
 #pragma once
 
@@ -228,6 +228,9 @@ inline void run_block(dim3 size, size_t shared_bytes, std::function<void()> body
         if (alive && !open_barriers(n_warps) && b.n_steps == n_steps) {
             emulator_fails("everyone waits");
         }
+    }
+    if (!b.engine.empty()) {
+        emulator_fails("a copy that nobody has waited for");
     }
     for (size_t i = 0; i < beyond; ++i) {
         if (b.shared[b.shared.size() - 1 - i] != 0xff) {
