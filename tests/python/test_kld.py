@@ -156,7 +156,7 @@ def test_two_opposite_options_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["kld", "ppl"])
 def test_decode_path_runs_the_reference_token_by_token_too(command: str, tmp_path: Path) -> None:
     """Decoding differs from prefill by rounding; f16 decoded against f16 decoded does not differ at all."""
-    arguments = (command, "-c", "64", "--chunks", "1", "--cache", "f16,turbo3")
+    arguments = (command, "-c", "512", "--chunks", "1", "--cache", "f16,turbo3")  # of 32 tokens ppl differs by 0.8 %
     prefill, decode = ([tmp_path / f"{path}.json", path] for path in ("prefill", "decode"))
     runs = [turbokv(*arguments, "--json", name, "--path", path) for name, path in (prefill, decode)]
     assert [run.returncode for run in runs] == [0, 0]
