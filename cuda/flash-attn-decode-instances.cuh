@@ -10,6 +10,7 @@ struct decode_params;
 struct decode_launch {
     void (*kernel)(const decode_params);
     int (*shared_bytes)(int n_heads, int n_groups, int n_slots, int keys, int k_row, int v_row);
+    int (*v_place)(int n, int g, bool interleaved);  // which value of V number n of lanes 4g .. 4g + 3 is
 };
 
 // The kernel for heads of `head_size` values, 4 * column_tiles columns at a time, or one without a kernel.

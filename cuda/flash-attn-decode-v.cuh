@@ -13,9 +13,10 @@ static decode_launch decode_launch_of() {
     constexpr bool exists =
         (kv_format_is_ours(KF) || kv_format_is_ours(VF)) && (D != 64 || (KF != KV_STREAM3 && VF != KV_STREAM3));
     if constexpr (exists) {
-        return { flash_attn_decode<D, NT, KF, VF>, decode_shared<decode_tile<D, NT, KF, VF>>::all };
+        using tile = decode_tile<D, NT, KF, VF>;
+        return { flash_attn_decode<D, NT, KF, VF>, decode_shared<tile>::all, tile::v_place };
     } else {
-        return { nullptr, nullptr };
+        return {};
     }
 }
 
@@ -37,7 +38,7 @@ static decode_launch decode_launch_by_k(kv_format k) {
         case KV_F16:
             return decode_launch_of<D, NT, KV_F16, VF>();
     }
-    return { nullptr, nullptr };
+    return {};
 }
 
 // As many accumulators as registers hold: up to 16 columns.
@@ -51,7 +52,7 @@ static decode_launch decode_launch_by_columns(kv_format k, int column_tiles) {
         case 4:
             return decode_launch_by_k<D, 4, VF>(k);
     }
-    return { nullptr, nullptr };
+    return {};
 }
 
 template <kv_format VF>
@@ -64,5 +65,5 @@ static decode_launch decode_launch_for(kv_format k, int head_size, int column_ti
         case 256:
             return decode_launch_by_columns<256, VF>(k, column_tiles);
     }
-    return { nullptr, nullptr };
+    return {};
 }

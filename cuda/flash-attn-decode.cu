@@ -15,29 +15,29 @@
 
 #define COMBINE_THREADS     256
 #define DECODE_MAX_SPLITS   COMBINE_THREADS
-#define DECODE_STATIC_BYTES (4 * DECODE_MAX_SLOTS * 8)  // of shared memory: the barriers
+#define DECODE_STATIC_BYTES (2 * (int) sizeof(slot_barriers))  // of shared memory
 
 // Merges the parts of rows, a query token of a head each: [n_stream][n_head][n_q] as flash_attn_decode has written
-// them, `dst` as the operation wants it, [n_stream][n_q][n_head][head_size]. A block has 32, 64, 128 or 256 values of a
-// row, `width`.
+// them, in `order`; `dst` as the operation wants it, [n_stream][n_q][n_head][head_size]. A block has 32, 64, 128 or 256
+// places of a row, `width`.
 __launch_bounds__(COMBINE_THREADS) static __global__
     void flash_attn_combine(const float * partial, const float2 * meta, const float * sinks, float * dst,
                             const int head_size, const int width, const int n_q, const int n_head, const int n_split,
-                            const bool rotated, const uint4 srht_signs) {
+                            const value_order order, const bool rotated, const uint4 srht_signs) {
     constexpr int WARPS  = COMBINE_THREADS / 32;
     constexpr int AHEAD  = 9;  // loads under way
     const int     row    = blockIdx.x;
     const int     thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const int     quads    = width / 4;             // a thread has four values
-    const int     value    = 4 * (thread % quads);  // from this one on
+    const int     quads    = width / 4;             // a thread has four places
+    const int     place    = 4 * (thread % quads);  // from this one on
     const int     group    = thread / quads;        // and takes every n_groups-th split
     const int     n_groups = COMBINE_THREADS / quads;
-    const int     team     = max(quads, 32);  // threads that have different values, or exchange them
+    const int     team     = max(quads, 32);  // threads that have different places, or exchange them
     const int     at       = row * n_split;
 
     __shared__ float tops[WARPS], sums[WARPS], weights[DECODE_MAX_SPLITS];
     __shared__ __align__(16) float totals[4 * COMBINE_THREADS];
-    partial += (int64_t) at * head_size + blockIdx.y * width + value;
+    partial += (int64_t) at * head_size + blockIdx.y * width + place;
     ggml_cuda_pdl_lc();  // whatever comes next may be set up, and waits there
     ggml_cuda_pdl_sync();
 
@@ -47,8 +47,10 @@ __launch_bounds__(COMBINE_THREADS) static __global__
     const auto   fetch = [&](int first) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            const int split = min(first + i * n_groups, n_split - 1);
-            part[i]         = *(const float4 *) (partial + split * head_size);
+            const int split = first + i * n_groups;
+            if (split < n_split) {
+                part[i] = *(const float4 *) (partial + split * head_size);
+            }
         }
     };
     fetch(group);
@@ -92,9 +94,11 @@ __launch_bounds__(COMBINE_THREADS) static __global__
         total.w += __shfl_xor_sync(0xffffffff, total.w, distance);
     }
     if (thread % team < quads) {
-        *(float4 *) (totals + thread / team * width + value) = total;
+        *(float4 *) (totals + thread / team * width + place) = total;
     }
     __syncthreads();
+    const int q = row % n_q, stream = row / n_q / n_head;
+    float *   to = dst + (((int64_t) stream * n_q + q) * n_head + head) * head_size;
     if (thread < width) {
         float sum = sinks ? exp2_approx(sink - top) : 0.0f;
 #pragma unroll
@@ -107,23 +111,21 @@ __launch_bounds__(COMBINE_THREADS) static __global__
         }
         x = sum == 0.0f ? 0.0f : x / sum;  // a query that sees nothing: zeros, as on the CPU
         if (!rotated) {
-            const int q = row % n_q, stream = row / n_q / n_head;
-            dst[(((int64_t) stream * n_q + q) * n_head + head) * head_size + blockIdx.y * width + thread] = x;
+            to[order.value_at(blockIdx.y * width + thread)] = x;
         }
         totals[thread] = x;
     }
-    if (rotated) {  // in blocks of 128, of which a lane takes four
+    if (rotated) {  // in blocks of 128, of which a lane takes four: the same whatever the order of the bits
         __syncthreads();
         if (thread < quads) {
             const float4   y        = ((const float4 *) totals)[thread];
             float          x[4]     = { y.x, y.y, y.z, y.w };
             const uint32_t signs[4] = { srht_signs.x, srht_signs.y, srht_signs.z, srht_signs.w };
-            const int      q = row % n_q, stream = row / n_q / n_head;
-            float *        to = dst + (((int64_t) stream * n_q + q) * n_head + head) * head_size + 4 * thread;
             hadamard_128(x, lane);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                to[i] = x[i] * srht_sign(signs, 4 * lane + i);
+                const int value = order.value_at(4 * thread + i);
+                to[value]       = x[i] * srht_sign(signs, value % 128);
             }
         }
     }
@@ -197,7 +199,7 @@ static decode_launch find_kernel(kv_format k, kv_format v, int head_size, int co
         case KV_F16:
             return decode_kernel_v_f16(k, head_size, column_tiles);
     }
-    return { nullptr, nullptr };
+    return {};
 }
 
 // What a block stages of the rows of x: the part of n_heads heads. Rows begin at even addresses.
@@ -387,7 +389,12 @@ static decode_operand make_operand(const ggml_tensor * x, const operand_format &
         o.interleaved = f.table->interleaved;
         o.rotated     = f.table->rotates;
         o.step        = f.table->step;
-        memcpy(o.levels.bytes, f.table->level, sizeof(o.levels.bytes));
+        int8_t level[16];
+        for (int i = 0; i < 16; ++i) {  // see look_up
+            level[i] = f.table->level[i] + (i < 8 ? 0 : 1);
+            GGML_ASSERT(f.format != KV_PLANE4 || (i < 8 ? level[i] < 0 : level[i] > 0));
+        }
+        memcpy(o.levels.bytes, level, sizeof(level));
     }
     return o;
 }
@@ -452,6 +459,15 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_cuda_kernel_launch(plan.launch.kernel,
                             { blocks, dim3(32, plan.n_heads, plan.n_groups), plan.shared_bytes, stream }, p);
 
+    value_order order;
+    for (int i = 0; i < 8; ++i) {
+        const int place = 1 << i;
+        const int value = plan.launch.v_place(place / 32 * 4 + place % 4, place / 4 % 8, p.v.interleaved);
+        GGML_ASSERT(place >= k->ne[0] || (value & (value - 1)) == 0);
+        for (order.bit[i] = 0; value >> order.bit[i] > 1;) {
+            order.bit[i]++;
+        }
+    }
     const uint4   signs      = { p.srht_signs[0], p.srht_signs[1], p.srht_signs[2], p.srht_signs[3] };
     const float * sinks_data = sinks ? (const float *) sinks->data : nullptr;
     const int     nsm        = ggml_cuda_info().devices[ctx.device].nsm;
@@ -466,6 +482,6 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
                                     (int) (max_shared / 2)));
     ggml_cuda_kernel_launch(flash_attn_combine, { combine_blocks, dim3(COMBINE_THREADS), alone, stream }, p.partial,
                             p.meta, sinks_data, (float *) dst->data, (int) k->ne[0], width, p.n_q, p.n_head, p.n_split,
-                            p.v.rotated, signs);
+                            order, p.v.rotated, signs);
     return true;
 }

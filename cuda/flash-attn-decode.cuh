@@ -32,25 +32,23 @@ struct decode_column {
     const half * mask;   // of its query token and head
     float        slope;  // of what the mask holds, log2(e) without ALiBi
     float        unit;   // of its products with K
+    int          row;    // [n_stream][n_head][n_q] of its query
 };
 
-// Bytes of shared memory: the query's operands and the columns of each KV head, a row of floats for each warp; then the
-// slots, where in the end the warps are merged.
+// Bytes of shared memory: the query's operands and the columns of each KV head; then the slots, where in the end the
+// warps are merged.
 template <class tile>
 struct decode_shared {
     static constexpr int OPERANDS = tile::COLUMNS / DECODE_COLUMNS * tile::K_STEPS * 32 * 8;
     static constexpr int HEAD     = OPERANDS + tile::COLUMNS * (int) sizeof(decode_column);
-    static constexpr int MERGE    = tile::COLUMNS * tile::V_TILES * 8 * 4;  // of a warp
-
-    static __host__ __device__ int head(int n_heads, int n_warps) {
-        return n_heads * HEAD + n_warps * tile::V_TILES * 8 * 4;
-    }
+    static constexpr int MERGE = tile::COLUMNS * tile::V_TILES * 8 * 4;  // of a warp; a float2 for each column besides
 
     static __host__ __device__ int slot(int keys, int k_row, int v_row) { return keys * (k_row + v_row) + 32; }
 
     static __host__ int all(int n_heads, int n_groups, int n_slots, int keys, int k_row, int v_row) {
-        const int slots = n_slots * slot(keys, k_row, v_row), merge = n_heads * (n_groups / 2) * MERGE;
-        return head(n_heads, n_heads * n_groups) + (slots > merge ? slots : merge);
+        const int slots = n_slots * slot(keys, k_row, v_row);
+        const int merge = n_heads * (n_groups / 2) * (MERGE + tile::COLUMNS * (int) sizeof(float2));
+        return n_heads * HEAD + (slots > merge ? slots : merge);
     }
 };
 
@@ -94,6 +92,14 @@ static __device__ __forceinline__ void stage_in_bulk(const decode_operand & x, c
     }
 }
 
+// What the copy engine and the warps tell each other about K, or V, of the slots.
+struct slot_barriers {
+    // Has a slot's tile arrived for the n-th time? There is a barrier for even n and one for odd n: it is always the
+    // same group that waits for one, and so none is two uses behind, which a barrier could not tell from none.
+    bulk_barrier arrived[2][DECODE_MAX_SLOTS];
+    bulk_barrier done[DECODE_MAX_SLOTS];  // its warps need it no more
+};
+
 // Of the warps of a group. There are at most 8 groups of more than one warp, and 16 barriers; 0 is __syncthreads.
 static __device__ __forceinline__ void group_barrier(int group, int n_warps) {
     if (n_warps == 1) {
@@ -126,8 +132,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     uint8_t *       shared   = dynamic_shared();
     uint32_t *      operands = (uint32_t *) (shared + head_of_block * memory::HEAD);
     decode_column * columns  = (decode_column *) ((uint8_t *) operands + memory::OPERANDS);
-    float *         scratch  = (float *) (shared + n_heads * memory::HEAD) + warp * D;
-    uint8_t *       slots    = shared + memory::head(n_heads, n_warps);
+    uint8_t *       slots    = shared + n_heads * memory::HEAD;
 
     // Query token and query head of column c of a KV head; behind the last column, those of the last.
     const auto place_of = [&](int c) {
@@ -143,38 +148,48 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     };
 
     // Tile j of this block is tile split + j * n_split of all; it has slot j % n_slots, and group j % n_groups.
-    const int               kv_stream  = p.n_stream_q_per_kv == 1 ? stream : stream / p.n_stream_q_per_kv;
-    const char *            k_data     = p.k.data + (int64_t) first_head * p.k.nb2 + kv_stream * p.k.nb3;
-    const char *            v_data     = p.v.data + (int64_t) first_head * p.v.nb2 + kv_stream * p.v.nb3;
-    const int               n_tiles    = (p.n_kv + KEYS - 1) / KEYS;
-    const int               first_tile = split + group * p.n_split;
-    const int               step       = n_groups * p.n_split;
-    const int               k_bytes    = KEYS * p.k.row + 16;
-    const int               slot_bytes = memory::slot(KEYS, p.k.row, p.v.row);
-    // Has a slot's tile arrived for the n-th time? There is a barrier for even n and one for odd n: it is always the
-    // same group that waits for one, and so none is two uses behind, which a barrier could not tell from none.
-    __shared__ bulk_barrier arrived[2 * DECODE_MAX_SLOTS];
-    __shared__ bulk_barrier v_arrived[DECODE_MAX_SLOTS];  // V of its first tile
-    __shared__ bulk_barrier done[DECODE_MAX_SLOTS];       // its warps need it no more
-    const auto              arrived_of = [&](int slot, int use) { return &arrived[slot + (use & 1) * p.n_slots]; };
-    const bool              bulk       = decode_copies_in_bulk(TURBOKV_ARCH) && p.k.copy != COPY_PIECES;
+    const int                kv_stream  = p.n_stream_q_per_kv == 1 ? stream : stream / p.n_stream_q_per_kv;
+    const char *             k_data     = p.k.data + (int64_t) first_head * p.k.nb2 + kv_stream * p.k.nb3;
+    const char *             v_data     = p.v.data + (int64_t) first_head * p.v.nb2 + kv_stream * p.v.nb3;
+    const int                n_tiles    = (p.n_kv + KEYS - 1) / KEYS;
+    const int                first_tile = split + group * p.n_split;
+    const int                step       = n_groups * p.n_split;
+    const int                k_bytes    = KEYS * p.k.row + 16;
+    const int                slot_bytes = memory::slot(KEYS, p.k.row, p.v.row);
+    __shared__ slot_barriers k_barriers, v_barriers;
+    const bool               bulk = decode_copies_in_bulk(TURBOKV_ARCH) && p.k.copy != COPY_PIECES;
 
-    // K and V of a tile, by one warp. V of a slot's first tile has a barrier of its own: it is asked for after K, and
-    // not needed before K has been scored.
-    const auto fetch_keys = [&](int tile, int slot, int use) {
-        if (tile < n_tiles) {
-            const int first = tile * KEYS, n = min(KEYS, p.n_kv - first);
-            const int expected = n * (use == 0 ? p.k.slice : p.k.slice + p.v.slice);
-            stage_in_bulk(p.k, k_data + (int64_t) first * p.k.nb1, n, slots + slot * slot_bytes, arrived_of(slot, use),
-                          expected, lane);
+    // K and V of a tile, by one warp. They arrive apart at a slot's first tile, whose V is asked for later, and where K
+    // of a slot is asked for earlier; else K's barrier is that of both.
+    const auto come_apart = [&](int use) { return tile::K_EARLY || use == 0; };
+    const auto fetch_keys = [&](int tile_index, int slot, int use) {
+        if (tile_index < n_tiles) {
+            const int first = tile_index * KEYS, n = min(KEYS, p.n_kv - first);
+            stage_in_bulk(p.k, k_data + (int64_t) first * p.k.nb1, n, slots + slot * slot_bytes,
+                          &k_barriers.arrived[use & 1][slot], n * (come_apart(use) ? p.k.slice : p.k.slice + p.v.slice),
+                          lane);
         }
     };
-    const auto fetch_values = [&](int tile, int slot, int use) {
-        if (tile < n_tiles) {
-            const int first = tile * KEYS, n = min(KEYS, p.n_kv - first);
+    const auto fetch_values = [&](int tile_index, int slot, int use) {
+        if (tile_index < n_tiles) {
+            const int first = tile_index * KEYS, n = min(KEYS, p.n_kv - first);
             stage_in_bulk(p.v, v_data + (int64_t) first * p.v.nb1, n, slots + slot * slot_bytes + k_bytes,
-                          use == 0 ? &v_arrived[slot] : arrived_of(slot, use), use == 0 ? n * p.v.slice : 0, lane);
+                          &(come_apart(use) ? v_barriers : k_barriers).arrived[use & 1][slot],
+                          come_apart(use) ? n * p.v.slice : 0, lane);
         }
+    };
+    // This warp needs K, or V, of a slot no more. True for the last one, which has it filled again.
+    const auto release = [&](slot_barriers & barriers, int slot, int use) {
+        __syncwarp();
+        bool last = false;
+        if (lane == 0) {
+            last = bulk_barrier_arrive(&barriers.done[slot]);
+        }
+        last = __shfl_sync(0xffffffff, last, 0);
+        if (last) {
+            bulk_barrier_wait(&barriers.done[slot], use & 1);  // it does not; what the others have read has been read
+        }
+        return last;
     };
     const auto fetch_in_pieces = [&](int tile, int slot) {  // by the warps of a group
         if (tile < n_tiles) {
@@ -187,10 +202,11 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
     if (bulk && lane == 0) {
 #    pragma unroll 1
         for (int i = warp; i < p.n_slots; i += n_warps) {  // those that this warp will fill first
-            bulk_barrier_init(arrived_of(i, 0), 1);
-            bulk_barrier_init(arrived_of(i, 1), 1);
-            bulk_barrier_init(&v_arrived[i], 1);
-            bulk_barrier_init(&done[i], n_heads);
+            for (slot_barriers * b : { &k_barriers, &v_barriers }) {
+                bulk_barrier_init(&b->arrived[0][i], 1);
+                bulk_barrier_init(&b->arrived[1][i], 1);
+                bulk_barrier_init(&b->done[i], n_heads);
+            }
         }
     }
     // Whether any column sees any key of a tile, and whether the mask says more than that all are seen. Known a tile
@@ -209,16 +225,11 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         any_next    = __any_sync(0xffffffff, not_hidden != 0);
         biased_next = __any_sync(0xffffffff, not_zero != 0) || (tile_index + 1) * KEYS > p.n_kv;
     };
-    constexpr int AHEAD = COLUMNS < 4 ? COLUMNS : 4;
-    const float * query[AHEAD];
-#    pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        query[i] = query_of(group + i * n_groups);
-    }
+    const auto    column_of = [&](int nt) { return DECODE_COLUMNS * nt + lane / 8; };  // whose query a lane prepares
+    const float * query     = group < NT ? query_of(column_of(group)) : nullptr;
 
     // 1. Much that needs no other kernel's output has been done. What comes from far away is asked for in the order in
-    // which it is needed: K of the first tile of each group, the queries of this warp, its part of the mask, V. The
-    // other slots are filled while these are waited for.
+    // which it is needed: K of the first tile of each group, the queries of this warp, its part of the mask, V.
     ggml_cuda_pdl_sync();
     __syncwarp();
     if (bulk) {
@@ -231,11 +242,8 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
             fetch_in_pieces(split + i * p.n_split, i);
         }
     }
-    float fetched[AHEAD][D / 32];
-#    pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        tile::fetch_query(query[i], fetched[i], lane);
-    }
+    float fetched[D / 8];
+    tile::fetch_queries(query, fetched, lane);
     const char * mask_data = p.mask + (p.mask_ne3 == 1 ? 0 : stream % p.mask_ne3) * p.mask_nb3;
     const half * mask[NT];
 #    pragma unroll
@@ -253,6 +261,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
             }
             columns[c].mask  = mask[nt];
             columns[c].slope = slope;
+            columns[c].row   = (stream * p.n_head + place.y) * p.n_q + place.x;
         }
     }
     uint32_t seen_first[NT][tile::R / 2];
@@ -261,30 +270,29 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         fetch_values(split + warp * p.n_split, warp, 0);
     }
 
-    // 2. The query.
-    for (int c = group; c < COLUMNS; c += n_groups) {
-        const float unit = tile::store_query(p, fetched[0], scratch, operands, c, lane);
-        if (lane == 0) {
-            columns[c].unit = unit * p.scale * p.k.step * (p.softcap == 0.0f ? LOG2E : 1.0f);
+    // 2. The queries.
+#    pragma unroll 1
+    for (int nt = group; nt < NT; nt += n_groups) {
+        const float unit = tile::store_queries(p, fetched, operands + nt * tile::K_STEPS * 64, lane);
+        if (lane % 8 == 0) {
+            columns[column_of(nt)].unit = unit * p.scale * p.k.step * (p.softcap == 0.0f ? LOG2E : 1.0f);
         }
-#    pragma unroll
-        for (int i = 0; i < AHEAD - 1; ++i) {
-#    pragma unroll
-            for (int j = 0; j < D / 32; ++j) {
-                fetched[i][j] = fetched[i + 1][j];
-            }
+        if (nt + n_groups < NT) {
+            tile::fetch_queries(query_of(column_of(nt + n_groups)), fetched, lane);
         }
-        tile::fetch_query(query_of(c + AHEAD * n_groups), fetched[AHEAD - 1], lane);
     }
     look(seen_first, first_tile);
-    if (bulk) {
+    __syncthreads();
+    if (bulk) {  // all the rest, but not before K of the first tile is there: it would be late in some blocks
+        if (first_tile < n_tiles) {
+            bulk_barrier_wait(&k_barriers.arrived[0][group], 0);
+        }
 #    pragma unroll 1
         for (int i = warp < n_groups ? warp + n_warps : warp; i < p.n_slots; i += n_warps) {
             fetch_keys(split + i * p.n_split, i, 0);
             fetch_values(split + i * p.n_split, i, 0);
         }
     }
-    __syncthreads();
 
     const uint2 *                 q_shared = (const uint2 *) operands;
     typename tile::query_operands q;
@@ -313,7 +321,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         const uint8_t * k_rows = slots + slot * slot_bytes + head_of_block * tile::K_HEAD;
         const uint8_t * v_rows = slots + slot * slot_bytes + head_of_block * tile::V_HEAD + k_bytes;
         if (bulk) {
-            bulk_barrier_wait(arrived_of(slot, use), use >> 1 & 1);
+            bulk_barrier_wait(&k_barriers.arrived[use & 1][slot], use >> 1 & 1);
         } else {
             const int ahead = p.n_slots / n_groups - 1;
             if (ahead == 1) {
@@ -336,17 +344,26 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
             mask[nt] = columns[DECODE_COLUMNS * nt + t].mask;
         }
         tile::glance(p, mask, first + step * KEYS, g, seen_next);
-        const auto wait_for_values = [&] {
-            if (bulk && use == 0) {
-                bulk_barrier_wait(&v_arrived[slot], 0);
+        const int  again      = i + p.n_slots * p.n_split;  // the tile that has this slot next
+        const bool fill_again = bulk && again < n_tiles;
+        const auto pass_on_k  = [&] {
+            if (tile::K_EARLY && fill_again && release(k_barriers, slot, use)) {
+                fetch_keys(again, slot, use + 1);
+            }
+        };
+        const auto wait_for_v = [&] {
+            if (bulk && come_apart(use)) {
+                bulk_barrier_wait(&v_barriers.arrived[use & 1][slot], use >> 1 & 1);
             }
         };
         if (!any) {
-            wait_for_values();  // or they might come when the slot is filled again
+            pass_on_k();
+            wait_for_v();  // or it might come when the slot is filled again
             look(seen_next, i + step);
         } else {
             float s[NT][tile::R];
             tile::scores(p, k_rows, q, q_shared, lane, s);
+            pass_on_k();
             float unit[NT], slope[NT];
 #    pragma unroll
             for (int nt = 0; nt < NT; ++nt) {
@@ -375,20 +392,14 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
             for (int nt = 0; nt < NT; ++nt) {
                 weight[nt] *= p.v.step;
             }
-            wait_for_values();
+            wait_for_v();
             tile::add_values(p, v_rows, s, weight, biased, lane, o);
         }
-        if (bulk) {  // the last warp to need a slot has it filled again
-            __syncwarp();
-            bool last = false;
-            if (lane == 0) {
-                last = bulk_barrier_arrive(&done[slot]);
+        if (fill_again && release(v_barriers, slot, use)) {
+            if (!tile::K_EARLY) {
+                fetch_keys(again, slot, use + 1);
             }
-            if (__shfl_sync(0xffffffff, last, 0)) {
-                bulk_barrier_wait(&done[slot], use & 1);  // it does not; what the others have read has been read
-                fetch_keys(i + p.n_slots * p.n_split, slot, use + 1);
-                fetch_values(i + p.n_slots * p.n_split, slot, use + 1);
-            }
+            fetch_values(again, slot, use + 1);
         }
         slot += n_groups;
         if (slot >= p.n_slots) {
@@ -414,7 +425,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         const int half  = (n + 1) / 2;
         const int place = group % half * n_heads + head_of_block;
         float4 *  to    = (float4 *) slots + place * (memory::MERGE / 16) + lane;
-        float2 *  meta  = (float2 *) (scratch - warp * D) + place * COLUMNS + t;  // greatest score, sum
+        float2 *  meta  = (float2 *) (slots + n_heads * (n_groups / 2) * memory::MERGE) + place * COLUMNS + t;
 
         __syncthreads();  // nobody needs what has been there
         if (group >= half && group < n) {
@@ -426,7 +437,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
 #    pragma unroll
             for (int nt = 0; nt < NT; ++nt) {
                 if (g == 0) {
-                    meta[DECODE_COLUMNS * nt] = make_float2(top[nt], sum[nt]);
+                    meta[DECODE_COLUMNS * nt] = make_float2(top[nt], sum[nt]);  // greatest score, sum
                 }
             }
         }
@@ -457,9 +468,12 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         for (int nt = 0; nt < NT; ++nt) {
             const int c = DECODE_COLUMNS * nt + t;
             if (c < n_columns) {
-                const int2    place = place_of(c);
-                const int64_t at    = (((int64_t) stream * p.n_head + place.y) * p.n_q + place.x) * p.n_split + split;
-                tile::store_values(p, o[nt], p.partial + at * D, g);
+                const int64_t at = (int64_t) columns[c].row * p.n_split + split;
+                float4 *      to = (float4 *) (p.partial + at * D) + g;
+#    pragma unroll
+                for (int i = 0; i < tile::V_TILES; i += 4) {
+                    to[2 * i] = make_float4(o[nt][i], o[nt][i + 1], o[nt][i + 2], o[nt][i + 3]);
+                }
                 if (g == 0) {
                     p.meta[at] = make_float2(top[nt], sum[nt]);
                 }

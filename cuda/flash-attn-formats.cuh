@@ -21,7 +21,8 @@ enum kv_format {
     KV_F16,
 };
 
-// The bytes of int8 levels 0-15. A kernel parameter, so that lookups read it from the constant bank.
+// The bytes of int8 levels 0-15, of which 8-15 are one greater. A kernel parameter, so that lookups read it from the
+// constant bank.
 struct level_table {
     uint32_t bytes[4];
 };
@@ -44,19 +45,13 @@ static __device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a
     return (a & mask) | (b & ~mask);
 }
 
-// The levels of four indices: nibbles 0-3 of x, or 4-7.
-template <bool four_bits, bool upper>
+// The levels of four indices: nibbles 0-3 of x, or 4-7. Of 16 levels, which are more than a permutation knows, the
+// negative ones are term 0 and the others term 1, and both are multiplied: an index of the other term has the sign of
+// what it would be here, which is -1 in term 0, and 0 in term 1 (a table of levels + 1).
+template <int term, bool upper>
 static __device__ __forceinline__ uint32_t look_up(const level_table & table, uint32_t x) {
-    if constexpr (!four_bits) {
-        return permute_bytes(table.bytes[0], table.bytes[1], upper ? x >> 16 : x);
-    } else {
-        // A permutation knows eight bytes: look up in both halves of the table, choose by the indices' highest bits.
-        const uint32_t low3 = (x & 0x77777777) >> (upper ? 16 : 0);
-        const uint32_t low  = permute_bytes(table.bytes[0], table.bytes[1], low3);
-        const uint32_t high = permute_bytes(table.bytes[2], table.bytes[3], low3);
-        const uint32_t mask = permute_bytes(x << 4, x, upper ? 0xfbea : 0xd9c8);  // the signs of the nibbles
-        return select_bits(mask, high, low);
-    }
+    x = term == 0 ? x : x ^ 0x88888888;
+    return permute_bytes(table.bytes[2 * term], table.bytes[2 * term + 1], upper ? x >> 16 : x);
 }
 
 // ---- table formats: indices into 4, 8 or 16 levels
@@ -65,14 +60,14 @@ template <kv_format format, int B>
 struct table_codec {
     static_assert(B == 128 || (B == 64 && format != KV_STREAM3), "no such type");
 
-    static constexpr int  BITS      = format == KV_PLANE2 ? 2 : format == KV_PLANE4 ? 4 : 3;
-    static constexpr int  BLOCK     = B;
-    static constexpr int  BYTES     = B * BITS / 8 + 2;
-    static constexpr int  SCALE     = B * BITS / 8;
-    static constexpr int  WORDS     = B / 64;  // of a slice
-    static constexpr int  PARTS     = WORDS;   // of a V slice, of so many values each:
-    static constexpr int  PART      = 8;
-    static constexpr bool FOUR_BITS = BITS == 4;
+    static constexpr int BITS  = format == KV_PLANE2 ? 2 : format == KV_PLANE4 ? 4 : 3;
+    static constexpr int BLOCK = B;
+    static constexpr int BYTES = B * BITS / 8 + 2;
+    static constexpr int SCALE = B * BITS / 8;
+    static constexpr int WORDS = B / 64;  // of a slice
+    static constexpr int PARTS = WORDS;   // of a V slice, of so many values each:
+    static constexpr int PART  = 8;
+    static constexpr int TERMS = BITS == 4 ? 2 : 1;  // a level is a sum of so many
 
     struct raw {
         uint32_t low, high;
@@ -90,7 +85,7 @@ struct table_codec {
         } else if constexpr (format == KV_STREAM3) {
             return { load_u32(block + 6 * g), load_u16(block + 6 * g + 4) };
         } else if constexpr (B == 128) {
-            return { load_u32(block + 8 * g), load_u32(block + 8 * g + 4) };
+            return { load_u32(block + 4 * g), load_u32(block + 4 * g + 32) };  // lanes side by side: no bank conflicts
         } else {
             return { load_u32(block + 4 * g), 0 };
         }
@@ -122,7 +117,7 @@ struct table_codec {
         if constexpr (format == KV_STREAM3) {
             return 16 * g + 8 * w + n;
         } else if constexpr (format == KV_PLANE4) {
-            const int j = 4 * (WORDS * g + w) + byte;
+            const int j = 4 * (g + 8 * w) + byte;
             return interleaved ? 2 * j + (n & 1) : j + B / 2 * (n & 1);
         } else {
             const int j     = 4 * (g % (B / 16)) + byte;
@@ -133,16 +128,20 @@ struct table_codec {
 
     // K: the operands of step s of B / 32, for lane t of four. Value i of half h is k_place(s, t, h, i).
     static __device__ __forceinline__ void k_operands(const uint8_t * block, int t, const level_table & table,
-                                                      uint32_t (&b)[B / 32][2]) {
+                                                      uint32_t (&b)[B / 32][TERMS][2]) {
 #pragma unroll
         for (int upper = 0; upper < 2; ++upper) {
             const int g = t + 4 * upper;
             const raw r = load(block, g);
 #pragma unroll
             for (int w = 0; w < WORDS; ++w) {
-                const uint32_t x        = nibbles(r, g, w);
-                b[upper * WORDS + w][0] = look_up<FOUR_BITS, false>(table, x);
-                b[upper * WORDS + w][1] = look_up<FOUR_BITS, true>(table, x);
+                const uint32_t x           = nibbles(r, g, w);
+                b[upper * WORDS + w][0][0] = look_up<0, false>(table, x);
+                b[upper * WORDS + w][0][1] = look_up<0, true>(table, x);
+                if constexpr (TERMS == 2) {
+                    b[upper * WORDS + w][1][0] = look_up<1, false>(table, x);
+                    b[upper * WORDS + w][1][1] = look_up<1, true>(table, x);
+                }
             }
         }
     }
@@ -153,7 +152,7 @@ struct table_codec {
 
     // V: part w of slice g of four keys: value n of the part, a byte per key.
     static __device__ __forceinline__ void v_operands(const raw (&r)[4], int g, int w, const level_table & table,
-                                                      uint32_t (&b)[PART]) {
+                                                      uint32_t (&b)[TERMS][PART]) {
         const uint32_t x0 = nibbles(r[0], g, w), x1 = nibbles(r[1], g, w);
         const uint32_t x2 = nibbles(r[2], g, w), x3 = nibbles(r[3], g, w);
         // Transposed while packed: byte j of even01 is nibble 2j of keys 0 and 1, of odd01 nibble 2j + 1.
@@ -163,10 +162,16 @@ struct table_codec {
         for (int j = 0; j < 2; ++j) {
             const uint32_t even = permute_bytes(even01, even23, j == 0 ? 0x5140 : 0x7362);
             const uint32_t odd  = permute_bytes(odd01, odd23, j == 0 ? 0x5140 : 0x7362);
-            b[4 * j]            = look_up<FOUR_BITS, false>(table, even);
-            b[4 * j + 1]        = look_up<FOUR_BITS, false>(table, odd);
-            b[4 * j + 2]        = look_up<FOUR_BITS, true>(table, even);
-            b[4 * j + 3]        = look_up<FOUR_BITS, true>(table, odd);
+            b[0][4 * j]         = look_up<0, false>(table, even);
+            b[0][4 * j + 1]     = look_up<0, false>(table, odd);
+            b[0][4 * j + 2]     = look_up<0, true>(table, even);
+            b[0][4 * j + 3]     = look_up<0, true>(table, odd);
+            if constexpr (TERMS == 2) {
+                b[1][4 * j]     = look_up<1, false>(table, even);
+                b[1][4 * j + 1] = look_up<1, false>(table, odd);
+                b[1][4 * j + 2] = look_up<1, true>(table, even);
+                b[1][4 * j + 3] = look_up<1, true>(table, odd);
+            }
         }
     }
 };
@@ -180,6 +185,7 @@ struct byte_codec {
     static constexpr int SCALE = 0;
     static constexpr int PARTS = 1;
     static constexpr int PART  = 4;
+    static constexpr int TERMS = 1;
 
     struct raw {
         uint32_t bytes;
@@ -190,14 +196,14 @@ struct byte_codec {
     }
 
     static __device__ __forceinline__ void k_operands(const uint8_t * block, int t, const level_table &,
-                                                      uint32_t (&b)[1][2]) {
+                                                      uint32_t (&b)[1][1][2]) {
         const uint32_t x = load_u32(block + 2 + 4 * t);
         if constexpr (format == KV_Q8_0) {
-            b[0][0] = x;
-            b[0][1] = load_u32(block + 2 + 16 + 4 * t);
+            b[0][0][0] = x;
+            b[0][0][1] = load_u32(block + 2 + 16 + 4 * t);
         } else {
-            b[0][0] = minus_8(x & 0x0f0f0f0f);
-            b[0][1] = minus_8((x >> 4) & 0x0f0f0f0f);
+            b[0][0][0] = minus_8(x & 0x0f0f0f0f);
+            b[0][0][1] = minus_8((x >> 4) & 0x0f0f0f0f);
         }
     }
 
@@ -212,15 +218,15 @@ struct byte_codec {
     }
 
     static __device__ __forceinline__ void v_operands(const raw (&r)[4], int, int, const level_table &,
-                                                      uint32_t (&b)[PART]) {
+                                                      uint32_t (&b)[1][PART]) {
         const uint32_t low01 = permute_bytes(r[0].bytes, r[1].bytes, 0x5140);
         const uint32_t low23 = permute_bytes(r[2].bytes, r[3].bytes, 0x5140);
         const uint32_t top01 = permute_bytes(r[0].bytes, r[1].bytes, 0x7362);
         const uint32_t top23 = permute_bytes(r[2].bytes, r[3].bytes, 0x7362);
-        b[0]                 = permute_bytes(low01, low23, 0x5410);
-        b[1]                 = permute_bytes(low01, low23, 0x7632);
-        b[2]                 = permute_bytes(top01, top23, 0x5410);
-        b[3]                 = permute_bytes(top01, top23, 0x7632);
+        b[0][0]              = permute_bytes(low01, low23, 0x5410);
+        b[0][1]              = permute_bytes(low01, low23, 0x7632);
+        b[0][2]              = permute_bytes(top01, top23, 0x5410);
+        b[0][3]              = permute_bytes(top01, top23, 0x7632);
     }
 
     static constexpr __host__ __device__ int place(int g, int, int n, bool) { return 4 * g + n; }

@@ -24,6 +24,11 @@ constexpr __host__ __device__ int decode_keys(int head_size, int column_tiles, i
     return head_size * column_tiles <= 256 && bytes_per_key <= 132 && arch >= 900 && arch < 1200 ? 64 : 32;
 }
 
+// Shared memory for slots, about: of 227 KiB, or of 99 where there is a copy engine.
+constexpr __host__ __device__ int decode_slot_bytes(int arch) {
+    return arch < 1200 ? 208 << 10 : 80 << 10;
+}
+
 // Whether there is a copy engine that kernels can use.
 constexpr __host__ __device__ bool decode_copies_in_bulk(int arch) {
     return arch >= 900;
@@ -63,7 +68,7 @@ struct decode_params {
     bool         mask_aligned;  // rows begin at multiples of 8 bytes
     int          mask_ne2, mask_ne3;
 
-    float *  partial;  // [n_stream][n_head][n_q][n_split][head size]: not normalized
+    float *  partial;  // [n_stream][n_head][n_q][n_split][head size]: not normalized, ordered as value_order says
     float2 * meta;     // [n_stream][n_head][n_q][n_split]: greatest score, sum; scores in units of log 2
 
     int      n_kv, n_q, n_head, gqa, n_stream_q_per_kv, n_split, n_column_tiles;
@@ -77,12 +82,29 @@ struct decode_params {
     uint32_t srht_signs[4];         // bit i of word w: value 32w + i is negated
 };
 
+// The order in which values of V come out of the kernel, and stay until they have been merged: every bit of a place is
+// a bit of the value. Place 32 (n / 4) + 4g + n % 4 has what lane 4g + t holds as number n.
+struct value_order {
+    uint8_t bit[8];
+
+    __device__ int value_at(int place) const {
+        int value = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            value |= (place >> i & 1) << bit[i];
+        }
+        return value;
+    }
+};
+
 #define LOG2E 1.4426950408889634f
 
 // What a part (greatest score, sum) counts for, relative to the score `top`. One without a visible key has no score.
 static __device__ __forceinline__ float part_weight(float2 part, float top) {
     return part.x == -INFINITY && part.y == 0.0f ? 0.0f : exp2_approx(part.x - top);
 }
+
+#define HADAMARD_128_SCALE 0.08838834764831845f  // 1 / sqrt(128)
 
 // The rotation inside tbqN over 128 values, of which lane i of a warp holds 4i .. 4i + 3; without the signs.
 static __device__ __forceinline__ void hadamard_128(float (&x)[4], int lane) {
@@ -101,7 +123,7 @@ static __device__ __forceinline__ void hadamard_128(float (&x)[4], int lane) {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        x[i] *= 0.08838834764831845f;  // 1 / sqrt(128)
+        x[i] *= HADAMARD_128_SCALE;
     }
 }
 

@@ -26,98 +26,143 @@ struct decode_tile {
     static constexpr int KEYS    = decode_keys(D, NT, K_HEAD + V_HEAD, TURBOKV_ARCH);
     static constexpr int R       = KEYS / 8;  // keys of a lane
 
+    // Whether K of a slot's next tile is asked for before V of this one has been used. That takes instructions, but
+    // where two tiles for each warp do not fit into shared memory there is less waiting.
+    static constexpr bool K_EARLY = 2 * decode_max_warps(D, NT) * KEYS * (K_HEAD + V_HEAD) >
+                                    decode_slot_bytes(TURBOKV_ARCH);
+
     static constexpr bool Q_IN_REGISTERS = NT == 1 && K_STEPS <= 8;
 
-    // ---- the query
+    // ---- the queries: a warp has the four of a column tile. Lane 8c + e has values 32j + 4e + i of column c, x[4j +
+    // i].
 
-    static constexpr int Q_BLOCK    = D < 128 ? D : 128;  // what is rotated as one,
-    static constexpr int Q_PER_LANE = Q_BLOCK / 32;       // of which a lane has so many neighbours
-
-    // q NULL: zeros. Around L1, which is small beside the slots.
-    static __device__ __forceinline__ void fetch_query(const float * q, float (&x)[D / 32], int lane) {
-        using vector = std::conditional_t<Q_PER_LANE == 2, float2, float4>;
+    // q: of this lane's column; NULL: zeros. Around L1, which is small beside the slots.
+    static __device__ __forceinline__ void fetch_queries(const float * q, float (&x)[D / 8], int lane) {
 #pragma unroll
-        for (int block = 0; block < D / Q_BLOCK; ++block) {
-            const vector y = q ? __ldcg((const vector *) (q + Q_BLOCK * block) + lane) : vector{};
-            memcpy(&x[Q_PER_LANE * block], &y, sizeof(y));
+        for (int j = 0; j < D / 32; ++j) {
+            const float4 y = q ? __ldcg((const float4 *) q + 8 * j + lane % 8) : float4{};
+            memcpy(&x[4 * j], &y, sizeof(y));
         }
     }
 
-    // The query of column c among the operands, [NT][K_STEPS][lane][2]: rotated as K is, in the order of K's packed
-    // values. Returns what a product of the operand is worth. `scratch`: D floats of this warp.
-    static __device__ __forceinline__ float store_query(const decode_params & p, const float (&fetched)[D / 32],
-                                                        float * scratch, uint32_t * operands, int c, int lane) {
+    // Rotated as the keys of tbqN are, in blocks of 128.
+    static __device__ __forceinline__ void rotate_queries(const decode_params & p, float (&x)[D / 8], int lane) {
 #pragma unroll
-        for (int block = 0; block < D / Q_BLOCK; ++block) {
-            float y[4] = {};
+        for (int m = 0; m < D / 8; ++m) {
+            x[m] *= srht_sign(p.srht_signs, 32 * (m / 4 % 4) + 4 * (lane % 8) + m % 4);
+        }
 #pragma unroll
-            for (int i = 0; i < Q_PER_LANE; ++i) {
-                y[i] = fetched[Q_PER_LANE * block + i];
-            }
-            if constexpr (Q_BLOCK == 128) {
-                if (p.k.rotated) {
+        for (int distance = 1; distance < 16; distance *= 2) {  // of a lane's 16 values of a block
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        y[i] *= srht_sign(p.srht_signs, 4 * lane + i);
-                    }
-                    hadamard_128(y, lane);
+            for (int m = 0; m < D / 8; ++m) {
+                if ((m & distance) == 0) {
+                    const float a = x[m], b = x[m + distance];
+                    x[m]            = a + b;
+                    x[m + distance] = a - b;
                 }
             }
+        }
 #pragma unroll
-            for (int i = 0; i < Q_PER_LANE; ++i) {
-                scratch[Q_BLOCK * block + Q_PER_LANE * lane + i] = y[i];
+        for (int distance = 1; distance < 8; distance *= 2) {
+#pragma unroll
+            for (int m = 0; m < D / 8; ++m) {
+                const float other = __shfl_xor_sync(0xffffffff, x[m], distance);
+                x[m]              = lane & distance ? other - x[m] : x[m] + other;
             }
         }
-        __syncwarp();
-        // Words of the operands: step, half, lane of four; this lane's are lane, lane + 32, ..
-        constexpr int N_WORDS  = K_STEPS * 8;
-        constexpr int PER_LANE = (N_WORDS + 31) / 32;
-        constexpr int VALUES   = KF == KV_F16 ? 2 : 4;  // of a word
-        float         x[PER_LANE][VALUES];
-        uint32_t      top = 0;  // as unsigned numbers, infinity and NaN are above all finite floats
 #pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) {
-            const int word = 32 * i + lane, s = word / 8, h = word / 4 % 2, t = word % 4;
+        for (int m = 0; m < D / 8; ++m) {
+            x[m] *= HADAMARD_128_SCALE;
+        }
+    }
+
+    // The order of K's operands: for a column, value_at(position) of position 8 VALUES step + 2 VALUES t + VALUES half
+    // + l, l of the VALUES of a word. Every bit of a position is a bit of the value.
+    static constexpr int VALUES = KF == KV_F16 ? 2 : 4;
+
+    static constexpr __host__ __device__ int value_at(int position, bool interleaved) {
+        const int step = position / (8 * VALUES), t = position / (2 * VALUES) % 4;
+        const int half = position / VALUES % 2, l = position % VALUES;
+        if constexpr (KF == KV_F16) {
+            return 16 * step + 8 * half + 2 * t + l;
+        } else {
+            constexpr int STEPS = k_codec::BLOCK / 32;
+            return step / STEPS * k_codec::BLOCK + k_codec::k_place(step % STEPS, t, half, l, interleaved);
+        }
+    }
+
+    static constexpr __host__ __device__ int position_of(int value, bool interleaved) {
+        int position = 0;
+        for (int bit = 1; bit < D; bit *= 2) {
+            position |= value & value_at(bit, interleaved) ? bit : 0;
+        }
+        return position;
+    }
+
+    // Numbers -> high and low parts of a column, at their places among the operands of a tile.
+    template <bool interleaved>
+    static __device__ __forceinline__ void store_operands(const float (&x)[D / 8], float unit, uint8_t * operands,
+                                                          int lane) {
+        const auto bytes_to = [](int position) {
+            return position / (8 * VALUES) * 256 + position % (8 * VALUES) * (4 / VALUES);
+        };
+        constexpr int  BETWEEN_LANES = 28;  // bits of a value
+        constexpr bool WORDS = ((value_at(1, interleaved) | value_at(VALUES / 2, interleaved)) & BETWEEN_LANES) == 0;
+        operands += lane / 8 * 64 + bytes_to(position_of(4 * (lane % 8), interleaved));  // lane 4g + t of column g / 2
 #pragma unroll
-            for (int l = 0; l < VALUES; ++l) {
-                int value;
+        for (int m = 0; m < D / 8; ++m) {
+            const int position = position_of(32 * (m / 4) + m % 4, interleaved);
+            uint8_t * high     = operands + bytes_to(position);
+            uint8_t * low      = high + 32;  // lane 4(g + 1) + t
+            if constexpr (!WORDS) {
+                const uint32_t number = __float_as_uint(x[m] * unit + (MAGIC + 128.0f));
+                *high                 = number >> 8;
+                *low                  = number ^ 0x80;
+            } else if (position % VALUES == 0) {
+                const auto value = [&](int l) {
+                    const int v = value_at(position + l, interleaved);
+                    return x[v / 32 * 4 + v % 4] * unit;
+                };
                 if constexpr (KF == KV_F16) {
-                    value = 16 * s + 8 * h + 2 * t + l;
+                    split_floats(value(0), value(1), *(uint32_t *) high, *(uint32_t *) low);
                 } else {
-                    constexpr int STEPS = k_codec::BLOCK / 32;
-                    value = s / STEPS * k_codec::BLOCK + k_codec::k_place(s % STEPS, t, h, l, p.k.interleaved);
+                    uint32_t number[4];
+#pragma unroll
+                    for (int l = 0; l < 4; ++l) {
+                        number[l] = __float_as_uint(value(l) + (MAGIC + 128.0f));
+                    }
+                    split_bytes(number[0], number[1], number[2], number[3], *(uint32_t *) high, *(uint32_t *) low);
                 }
-                x[i][l] = word < N_WORDS ? scratch[value] : 0.0f;
-                top     = max(top, __float_as_uint(x[i][l]) & 0x7fffffff);
             }
         }
-        top                   = warp_max(top);
+    }
+
+    // The queries of a column tile as operands, [K_STEPS][lane][2]. Returns what a product with this lane's column is
+    // worth.
+    static __device__ __forceinline__ float store_queries(const decode_params & p, float (&x)[D / 8],
+                                                          uint32_t * operands, int lane) {
+        if constexpr (D >= 128) {
+            if (p.k.rotated) {
+                rotate_queries(p, x, lane);
+            }
+        }
+        uint32_t top = 0;  // as unsigned numbers, infinity and NaN are above all finite floats
+#pragma unroll
+        for (int m = 0; m < D / 8; ++m) {
+            top = max(top, __float_as_uint(x[m]) & 0x7fffffff);
+        }
+        top                   = max(top, __shfl_xor_sync(0xffffffff, top, 1));
+        top                   = max(top, __shfl_xor_sync(0xffffffff, top, 2));
+        top                   = max(top, __shfl_xor_sync(0xffffffff, top, 4));
         // fp16: relative to the greatest, so that no query overflows. Else 127 * 256.
         constexpr float LIMIT = KF == KV_F16 ? 1.0f : 32512.0f;
         const float     most  = __uint_as_float(top);
         const float     unit  = __fdividef(LIMIT, fmaxf(most, 1e-30f));
-        operands += (c / DECODE_COLUMNS * K_STEPS * 32 + c % DECODE_COLUMNS * 8) * 2;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) {
-            const int  word = 32 * i + lane, s = word / 8, h = word / 4 % 2, t = word % 4;
-            uint32_t * to = operands + (s * 32 + t) * 2 + h;  // lane 4g + t of column g / 2
-            uint32_t   high, low;
-            if constexpr (KF == KV_F16) {
-                split_floats(x[i][0] * unit, x[i][1] * unit, high, low);
-            } else {
-                uint32_t number[4];
-#pragma unroll
-                for (int l = 0; l < 4; ++l) {
-                    number[l] = __float_as_uint(x[i][l] * unit + (MAGIC + 128.0f));
-                }
-                split_bytes(number[0], number[1], number[2], number[3], high, low);
-            }
-            if (word < N_WORDS) {
-                to[0] = high;
-                to[8] = low;  // lane 4(g + 1) + t
-            }
+        if ((KF == KV_PLANE2 || KF == KV_PLANE4) && p.k.interleaved) {
+            store_operands<true>(x, unit, (uint8_t *) operands, lane);
+        } else {
+            store_operands<false>(x, unit, (uint8_t *) operands, lane);
         }
-        __syncwarp();                                    // of scratch
         return (most + (most - most)) * (1.0f / LIMIT);  // NaN if not finite
     }
 
@@ -160,7 +205,7 @@ struct decode_tile {
                 constexpr int STEPS = k_codec::BLOCK / 32;
 #pragma unroll
                 for (int block = 0; block < D / k_codec::BLOCK; ++block) {
-                    uint32_t a[STEPS][2], a8[STEPS][2];
+                    uint32_t a[STEPS][k_codec::TERMS][2], a8[STEPS][k_codec::TERMS][2];
                     k_codec::k_operands(row + block * k_codec::BYTES, t, p.k.levels, a);
                     k_codec::k_operands(row8 + block * k_codec::BYTES, t, p.k.levels, a8);
                     const float d  = load_half(row + block * k_codec::BYTES + k_codec::SCALE);
@@ -171,7 +216,11 @@ struct decode_tile {
 #pragma unroll
                         for (int step = 0; step < STEPS; ++step) {
                             const uint2 b = query(q, q_shared, nt * K_STEPS + block * STEPS + step, lane);
-                            c             = mma_s8({ a[step][0], a8[step][0], a[step][1], a8[step][1] }, b.x, b.y, c);
+#pragma unroll
+                            for (int i = 0; i < k_codec::TERMS; ++i) {
+                                c = mma_s8({ a[step][i][0], a8[step][i][0], a[step][i][1], a8[step][i][1] }, b.x, b.y,
+                                           c);
+                            }
                         }
                         const float x  = (float) (c.x * 256 + c.y) * d;
                         const float x8 = (float) (c.z * 256 + c.w) * d8;
@@ -313,44 +362,6 @@ struct decode_tile {
         }
     }
 
-    // Which of a lane's values is at place `at` of a head, for g = 0; -1 if none is.
-    static constexpr __host__ __device__ int v_tile(int at, bool interleaved) {
-        for (int n = 0; n < V_TILES; ++n) {
-            if (v_place(n, 0, interleaved) == at) {
-                return n;
-            }
-        }
-        return -1;
-    }
-
-    template <bool interleaved>
-    static __device__ __forceinline__ void store_as(const float (&o)[V_TILES], float * to, int g) {
-        constexpr int VECTOR = VF == KV_F16 ? 2 : 4;  // neighbours of a lane
-#pragma unroll
-        for (int at = 0; at < D; at += VECTOR) {
-            const int n = v_tile(at, interleaved);
-            if (n >= 0) {
-                float * first = to + v_place(n, g, interleaved);
-                if constexpr (VECTOR == 2) {
-                    *(float2 *) first = make_float2(o[n], o[v_tile(at + 1, interleaved)]);
-                } else {
-                    *(float4 *) first = make_float4(o[n], o[v_tile(at + 1, interleaved)],
-                                                    o[v_tile(at + 2, interleaved)], o[v_tile(at + 3, interleaved)]);
-                }
-            }
-        }
-    }
-
-    // A lane's values to their places in `to`, which is aligned to 16 bytes.
-    static __device__ __forceinline__ void store_values(const decode_params & p, const float (&o)[V_TILES], float * to,
-                                                        int g) {
-        if ((VF == KV_PLANE2 || VF == KV_PLANE4) && p.v.interleaved) {
-            store_as<true>(o, to, g);
-        } else {
-            store_as<false>(o, to, g);
-        }
-    }
-
     // What the lanes hold of P -> an operand. Lane 4g + t has a word of the high and one of the low parts for k group g
     // of column t; it needs groups 2t and 2t + 1 of column g / 2, high for an even g.
     static __device__ __forceinline__ uint2 exchange(uint32_t high, uint32_t low, int lane) {
@@ -428,7 +439,7 @@ struct decode_tile {
                 }
 #pragma unroll
                 for (int part = 0; part < v_codec::PARTS; ++part) {
-                    uint32_t a[STEPS][2][v_codec::PART];
+                    uint32_t a[STEPS][2][v_codec::TERMS][v_codec::PART];
 #pragma unroll
                     for (int i = 0; i < STEPS * 2; ++i) {
                         v_codec::v_operands(packed[i / 2][i % 2], g, part, p.v.levels, a[i / 2][i % 2]);
@@ -441,8 +452,11 @@ struct decode_tile {
                             int4 c = {};
 #pragma unroll
                             for (int k = 0; k < STEPS; ++k) {
-                                c = mma_s8({ a[k][0][n], a[k][0][n + 1], a[k][1][n], a[k][1][n + 1] }, b[nt][k].x,
-                                           b[nt][k].y, c);
+#pragma unroll
+                                for (int i = 0; i < v_codec::TERMS; ++i) {
+                                    c = mma_s8({ a[k][0][i][n], a[k][0][i][n + 1], a[k][1][i][n], a[k][1][i][n + 1] },
+                                               b[nt][k].x, b[nt][k].y, c);
+                                }
                             }
                             o[nt][at] += (float) (c.y * 256 + c.x) * unit[nt];
                             o[nt][at + 1] += (float) (c.w * 256 + c.z) * unit[nt];
