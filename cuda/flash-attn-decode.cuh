@@ -97,7 +97,7 @@ struct slot_barriers {
     // Has a slot's tile arrived for the n-th time? There is a barrier for even n and one for odd n: it is always the
     // same group that waits for one, and so none is two uses behind, which a barrier could not tell from none.
     bulk_barrier arrived[2][DECODE_MAX_SLOTS];
-    bulk_barrier done[DECODE_MAX_SLOTS];  // its warps need it no more
+    bulk_barrier done[DECODE_MAX_SLOTS];  // its threads need it no more
 };
 
 // Of the warps of a group. There are at most 8 groups of more than one warp, and 16 barriers; 0 is __syncthreads.
@@ -178,8 +178,12 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
                           come_apart(use) ? n * p.v.slice : 0, lane);
         }
     };
-    // This warp needs K, or V, of a slot no more. True for the last one, which has it filled again.
+    // This warp needs K, or V, of a slot no more. True for the last one, which has it filled again. That lane 0 arrives
+    // when all have read would be enough, but racecheck takes it for a race; that all do costs at most 1 or 2 %.
     const auto release = [&](slot_barriers & barriers, int slot, int use) {
+        if (lane != 0) {
+            bulk_barrier_arrive(&barriers.done[slot]);
+        }
         __syncwarp();
         bool last = false;
         if (lane == 0) {
@@ -205,7 +209,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
             for (slot_barriers * b : { &k_barriers, &v_barriers }) {
                 bulk_barrier_init(&b->arrived[0][i], 1);
                 bulk_barrier_init(&b->arrived[1][i], 1);
-                bulk_barrier_init(&b->done[i], n_heads);
+                bulk_barrier_init(&b->done[i], 32 * n_heads);
             }
         }
     }

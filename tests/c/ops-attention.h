@@ -398,6 +398,11 @@ static std::vector<attention_case> attention_cases(bool full) {
             add(examples[0], 128, 2, 33, 1, 70000, features[i]);
         }
     }
+    for (ggml_type type : { GGML_TYPE_TURBO4, GGML_TYPE_TURBO3 }) {  // the same for one query, of large and small rows
+        if (!on_cpu) {
+            add({ type, type }, 128, 8, 1, 1, 150001, features[0]);
+        }
+    }
     for (int64_t n_batch : { 1, 33 }) {  // heads that upstream's CUDA attention has only in pairs, or not at all
         add({ GGML_TYPE_TURBO3_64, GGML_TYPE_TURBO3_64 }, 192, 4, n_batch, 1, 300, features[0]);
         add({ GGML_TYPE_Q8_0, GGML_TYPE_TURBO4_64 }, 320, 4, n_batch, 1, 300, features[0]);
