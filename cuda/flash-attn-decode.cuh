@@ -179,7 +179,7 @@ __launch_bounds__(32 * decode_max_warps(D, NT), 1) static __global__
         }
     };
     // This warp needs K, or V, of a slot no more. True for the last one, which has it filled again. That lane 0 arrives
-    // when all have read would be enough, but racecheck takes it for a race; that all do costs at most 1 or 2 %.
+    // when all have read would be enough, but racecheck takes it for a race; that all do costs 0 to 2 %.
     const auto release = [&](slot_barriers & barriers, int slot, int use) {
         if (lane != 0) {
             bulk_barrier_arrive(&barriers.done[slot]);
