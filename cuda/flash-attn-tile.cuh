@@ -33,8 +33,7 @@ struct decode_tile {
 
     static constexpr bool Q_IN_REGISTERS = NT == 1 && K_STEPS <= 8;
 
-    // ---- the queries: a warp has the four of a column tile. Lane 8c + e has values 32j + 4e + i of column c, x[4j +
-    // i].
+    // ---- the queries: a warp has the four of a column tile. x[4j + i] of lane 8c + e: value 32j + 4e + i of column c.
 
     // q: of this lane's column; NULL: zeros. Around L1, which is small beside the slots.
     static __device__ __forceinline__ void fetch_queries(const float * q, float (&x)[D / 8], int lane) {
@@ -106,6 +105,7 @@ struct decode_tile {
         const auto bytes_to = [](int position) {
             return position / (8 * VALUES) * 256 + position % (8 * VALUES) * (4 / VALUES);
         };
+        // Are the values of a word in one lane? Not those of tbq2, which is stored byte by byte.
         constexpr int  BETWEEN_LANES = 28;  // bits of a value
         constexpr bool WORDS = ((value_at(1, interleaved) | value_at(VALUES / 2, interleaved)) & BETWEEN_LANES) == 0;
         operands += lane / 8 * 64 + bytes_to(position_of(4 * (lane % 8), interleaved));  // lane 4g + t of column g / 2
