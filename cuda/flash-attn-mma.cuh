@@ -183,19 +183,6 @@ static __device__ __forceinline__ void bulk_copy(void * shared, const void * glo
 #    endif
 }
 
-// The greatest of a warp's numbers.
-static __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
-#    if __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(0xffffffff, x);
-#    else
-#        pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        x = max(x, __shfl_xor_sync(0xffffffff, x, distance));
-    }
-    return x;
-#    endif
-}
-
 // 2^x, relative error 2^-22.
 static __device__ __forceinline__ float exp2_approx(float x) {
     float y;

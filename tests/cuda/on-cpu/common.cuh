@@ -332,14 +332,6 @@ inline float warp_reduce_max(float x) {
     return x;
 }
 
-inline uint32_t warp_max(uint32_t x) {
-    const char * slots = exchange_values(x);
-    for (int lane = 0; lane < WARP_SIZE; ++lane) {
-        x = max(x, of_lane<uint32_t>(slots, lane));
-    }
-    return x;
-}
-
 // ---- arithmetic
 
 template <typename to, typename from>
