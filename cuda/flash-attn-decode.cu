@@ -399,6 +399,19 @@ static decode_operand make_operand(const ggml_tensor * x, const operand_format &
     return o;
 }
 
+static value_order order_of(const decode_launch & launch, int64_t head_size, bool interleaved) {
+    value_order order = {};
+    for (int i = 0; 1 << i < head_size; ++i) {
+        const int place = 1 << i;
+        const int value = launch.v_place(place / 32 * 4 + place % 4, place / 4 % 8, interleaved);
+        GGML_ASSERT((value & (value - 1)) == 0);
+        while (value >> order.bit[i] > 1) {
+            order.bit[i]++;
+        }
+    }
+    return order;
+}
+
 bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     decode_plan plan;
     if (!make_plan(ctx.device, dst, plan)) {
@@ -459,15 +472,6 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_cuda_kernel_launch(plan.launch.kernel,
                             { blocks, dim3(32, plan.n_heads, plan.n_groups), plan.shared_bytes, stream }, p);
 
-    value_order order;
-    for (int i = 0; i < 8; ++i) {
-        const int place = 1 << i;
-        const int value = plan.launch.v_place(place / 32 * 4 + place % 4, place / 4 % 8, p.v.interleaved);
-        GGML_ASSERT(place >= k->ne[0] || (value & (value - 1)) == 0);
-        for (order.bit[i] = 0; value >> order.bit[i] > 1;) {
-            order.bit[i]++;
-        }
-    }
     const uint4   signs      = { p.srht_signs[0], p.srht_signs[1], p.srht_signs[2], p.srht_signs[3] };
     const float * sinks_data = sinks ? (const float *) sinks->data : nullptr;
     const int     nsm        = ggml_cuda_info().devices[ctx.device].nsm;
@@ -482,6 +486,6 @@ bool turbokv_cuda_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
                                     (int) (max_shared / 2)));
     ggml_cuda_kernel_launch(flash_attn_combine, { combine_blocks, dim3(COMBINE_THREADS), alone, stream }, p.partial,
                             p.meta, sinks_data, (float *) dst->data, (int) k->ne[0], width, p.n_q, p.n_head, p.n_split,
-                            order, p.v.rotated, signs);
+                            order_of(plan.launch, k->ne[0], p.v.interleaved), p.v.rotated, signs);
     return true;
 }

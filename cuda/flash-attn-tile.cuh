@@ -7,8 +7,6 @@
 
 #pragma once
 
-#include <type_traits>
-
 #include "flash-attn-mma.cuh"
 #include "flash-attn-params.cuh"
 
