@@ -105,12 +105,15 @@ print(json.dumps(line))
 PYTHON
 }
 
+# What is worth reading of a test's output.
+shorten() { grep -Ev ': .*(OK|not supported)|CUDA graph warmup' || true; }
+
 # run STEP NAME COMMAND..: output goes to NAME.log and the terminal; a failure ends the script.
 run() {
     local step=$1 name=$2 began=$SECONDS code=0
     shift 2
     say "$name"
-    "$@" 2>&1 | tee "$out/$name.log" | { grep -Ev ': .*(OK|not supported)' || true; } || code=$?
+    "$@" 2>&1 | tee "$out/$name.log" | shorten || code=$?
     if [ "$code" != 0 ]; then
         record "$step" "$name" "failed ($code)" $((SECONDS - began)) '' "$@"
         fail "$name failed with $code (77: no such device); its output is in $out/$name.log"
@@ -145,7 +148,7 @@ wait_for_all() {
         eval "record check '$name' '$status' $((SECONDS - began)) '' ${beside_command[$pid]}"
         unset "beside_name[$pid]"
         say "$name: $status"
-        { grep -Ev ': .*(OK|not supported)|CUDA graph warmup' "$out/$name.log" || true; } | tail -n 15
+        shorten <"$out/$name.log" | tail -n 15
         [ $code = 0 ] || fail "$name failed with $code (77: no such device); its output is in $out/$name.log"
     done
 }
